@@ -1,0 +1,1 @@
+"""What is compared: workloads, their inputs, and the providers that can run them. Importing this loads no torch."""

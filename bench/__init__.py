@@ -1,0 +1,1 @@
+"""How it is measured: workload -> provider -> samples -> record. Importing this loads no torch."""

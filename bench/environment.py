@@ -1,0 +1,202 @@
+"""What a run ran on: hardware, driver, versions, and the state of the code. Absent is None; nothing here fails.
+
+No host name, user name or path is stored, so that the file can be published with the results.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = ("fla-core", "flash-linear-attention", "mamba-ssm", "causal-conv1d", "flash-attn", "tilelang", "einops")
+
+Environment = dict[str, Any]
+
+
+def collect(device: str | None = None) -> Environment:
+    """Describe this machine and this installation.
+
+    Args:
+        device: "cpu" or "cuda", what the run measures on; None when nothing is run. `device_name` is the name of that
+            processor.
+
+    Returns:
+        A dictionary for JSON with the keys of `identity` and time, os, cpu, memory_bytes, gpu, gpu_count,
+        nvidia_hardware, python, torch, torch_cuda, torch_sees_cuda, torch_error, triton, triton_interpret, ptxas,
+        numpy, packages, mdnbench, git_commit, git_dirty.
+    """
+    gpus = _gpus()
+    gpu = gpus[0] if gpus else None
+    cpu = _cpu()
+    names = {"cpu": cpu["model"], "cuda": gpu and gpu["name"]}
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "device_name": names.get(device),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": cpu,
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": gpu,
+        "gpu_count": len(gpus),
+        "nvidia_hardware": bool(gpus) or _nvidia_on_pci(),
+        "python": platform.python_version(),
+        **_torch(),
+        "triton": version("triton"),
+        "triton_interpret": os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"),
+        "ptxas": _ptxas(gpu),
+        "numpy": version("numpy"),
+        "packages": {name: version(name) for name in PACKAGES},
+        "mdnbench": version("mdnbench"),
+        **_git(Path(__file__).resolve()),
+    }
+
+
+def identity(environment: Environment) -> dict[str, str | None]:
+    """The part that must agree before rows of two runs may share one file: times of other hardware or compilers do not
+    compare."""
+    gpu = environment.get("gpu") if environment.get("device") == "cuda" else None
+    return {
+        "device": environment.get("device"),
+        "device_name": environment.get("device_name"),
+        "torch": environment.get("torch"),
+        "triton": environment.get("triton"),
+        "driver": gpu and gpu.get("driver"),
+    }
+
+
+def version(package: str) -> str | None:
+    """Version of an installed distribution, None where it is not installed. Imports nothing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> Environment:
+    facts: Environment = {"torch": version("torch"), "torch_cuda": None, "torch_sees_cuda": None, "torch_error": None}
+    if facts["torch"] is None:
+        return facts
+    try:
+        import torch
+    except Exception as fault:  # a broken installation is a finding, not a failure of ours
+        facts["torch_error"] = f"{type(fault).__name__}: {fault}".splitlines()[0]
+        return facts
+    facts["torch_cuda"] = torch.version.cuda
+    facts["torch_sees_cuda"] = torch.cuda.is_available()
+    return facts
+
+
+def _cpu() -> Environment:
+    try:
+        usable = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        usable = os.cpu_count()
+    return {
+        "model": _cpu_model(),
+        "cores": psutil.cpu_count(logical=False),
+        "threads": psutil.cpu_count(logical=True),
+        "usable_threads": usable,
+    }
+
+
+def _cpu_model() -> str | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = _output("sysctl", "-n", "machdep.cpu.brand_string")
+        return text or platform.processor() or None
+    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine() or None
+
+
+def _gpus() -> list[Environment]:
+    """The visible NVIDIA GPUs, in the order of CUDA_VISIBLE_DEVICES where that is set."""
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver, or one that does not answer
+        return []
+    try:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = list(range(pynvml.nvmlDeviceGetCount())) if visible is None else visible.split(",")
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        return [_gpu(pynvml, str(name).strip(), driver, cuda) for name in names if str(name).strip() not in ("", "-1")]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(pynvml: Any, name: str, driver: str, cuda: int) -> Environment:
+    by_index = name.isdigit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(name)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return {
+        "name": pynvml.nvmlDeviceGetName(handle),
+        "compute_capability": f"{major}.{minor}",
+        "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+        "driver": driver,
+        "driver_cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+    }
+
+
+def _nvidia_on_pci() -> bool:
+    """Whether the bus holds an NVIDIA display or compute device, driver or not. Linux only."""
+    for folder in Path("/sys/bus/pci/devices").glob("*"):
+        try:
+            vendor, kind = (folder / "vendor").read_text().strip(), (folder / "class").read_text().strip()
+        except OSError:
+            continue
+        if vendor == "0x10de" and kind.startswith("0x03"):
+            return True
+    return False
+
+
+def _ptxas(gpu: Environment | None) -> Environment | None:
+    """The assembler Triton will call for this GPU, or for sm_90 where there is none: Triton bundles several."""
+    if util.find_spec("triton") is None:
+        return None
+    arch = int(gpu["compute_capability"].replace(".", "")) if gpu else 90
+    try:
+        from triton.backends.nvidia import compiler
+
+        try:
+            tool = compiler.get_ptxas(arch)
+        except TypeError:  # Triton 3.4 and before take no architecture
+            tool = compiler.get_ptxas()
+        path = tool[0] if isinstance(tool, tuple) else tool.path
+    except (ImportError, AttributeError, RuntimeError):  # private to Triton, so it may move; or no ptxas was found
+        return None
+    release = re.search(r"V(\d+\.\d+\.\d+)", _output(path, "--version") or "")
+    bundled = Path(util.find_spec("triton").origin).resolve().parent in Path(path).resolve().parents
+    return {"version": release and release[1], "bundled": bundled, "arch": arch}
+
+
+def _git(file: Path) -> Environment:
+    """Commit of the checkout that `file` belongs to; None where it was installed from a package."""
+    folder = str(file.parent)
+    tracked = _output("git", "-C", folder, "ls-files", "--error-unmatch", file.name)
+    commit = _output("git", "-C", folder, "rev-parse", "HEAD") if tracked else None
+    changes = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, None when it is absent or fails."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
