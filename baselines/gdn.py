@@ -40,13 +40,11 @@ def gated_delta_rule_truth(workload: Workload, inputs: Inputs) -> Tensor:
     write = (inputs["beta"][..., None, None] * k).mT
 
     def step(state, q_t, p_t, v_t, write_t, alpha_t):
-        (s,) = state
-        s = alpha_t * s + write_t @ (v_t - p_t @ s)
-        return (s,), q_t @ s
+        state = alpha_t * state + write_t @ (v_t - p_t @ state)
+        return q_t @ state, state
 
     start = v.new_zeros(*v.shape[:1], workload.value_heads, workload.head_dim_k, workload.head_dim_v)
-    o = run_tokens(step, (start,), tuple(x.movedim(1, 0) for x in (q, alpha * k, v, write, alpha)))
-    return o.squeeze(-2).movedim(0, 1)
+    return run_tokens(step, start, (q, alpha * k, v, write, alpha)).squeeze(-2)
 
 
 def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, chunk_size: int) -> Tensor:

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from .workload import Workload
 GATES = ("log_alpha", "log_mu", "beta", "eta")
 RESET_PROBABILITY = 0.05
 
-# The layer as its authors initialise it at 400M: width, the spread of projection weights, and the lower clamp of log_mu.
+# The layer as its authors initialise it at 400M: its width, the spread of its projection weights, its clamp of log_mu.
 LAYER_HIDDEN_SIZE = 1024
 LAYER_WEIGHT_STD = 0.02
 LAYER_MIN_LOG_MU = -2.0
@@ -54,13 +55,13 @@ class GateProfile:
         name: what the CLI and the results call it.
         summary: one line for people.
         changes: the gates that differ from "mild".
-        draw: from noise of shape [B, T, HV] to those gates, float32.
+        draw: from noise of shape [B, T, HV] and the "mild" gates to the gates that change, float32.
     """
 
     name: str
     summary: str
     changes: tuple[str, ...]
-    draw: Callable[[Noise], Inputs]
+    draw: Callable[[Noise, Inputs], Inputs]
 
 
 def _mild(noise: Noise) -> Inputs:
@@ -73,23 +74,23 @@ def _mild(noise: Noise) -> Inputs:
 
 
 def _constant(name: str, gate: str, value: float) -> GateProfile:
-    return GateProfile(name, f"{gate} = {value:g} at every token", (gate,), lambda noise: {gate: noise.constant(value)})
+    summary = f"{gate} = {value:g} at every token"
+    return GateProfile(name, summary, (gate,), lambda noise, mild: {gate: noise.constant(value)})
 
 
 def _resets(value: float) -> GateProfile:
-    def draw(noise: Noise) -> Inputs:
-        is_reset = noise.uniform() < RESET_PROBABILITY
-        return {"log_alpha": torch.where(is_reset, value, -0.1 * F.softplus(noise.normal()))}
+    def draw(noise: Noise, mild: Inputs) -> Inputs:
+        return {"log_alpha": mild["log_alpha"].masked_fill(noise.uniform() < RESET_PROBABILITY, value)}
 
     summary = f"log_alpha = {value:g} at {RESET_PROBABILITY:.0%} of the tokens, at random"
     return GateProfile(f"reset={value:g}", summary, ("log_alpha",), draw)
 
 
-def _log_mu_switching(noise: Noise) -> Inputs:
+def _log_mu_switching(noise: Noise, mild: Inputs) -> Inputs:
     return {"log_mu": torch.where(noise.uniform() < 0.5, 0.0, -2.0)}
 
 
-def _layer(noise: Noise) -> Inputs:
+def _layer(noise: Noise, mild: Inputs) -> Inputs:
     """The paper's stable gating at the authors' initial parameters, for a hidden state of unit variance."""
     projection_std = LAYER_WEIGHT_STD * math.sqrt(LAYER_HIDDEN_SIZE)
     a, m, b, e = (projection_std * noise.normal() for _ in range(4))
@@ -113,7 +114,8 @@ def _layer(noise: Noise) -> Inputs:
 
 
 _PROFILES = (
-    GateProfile("mild", "slow decays, every gate random", (), _mild),
+    GateProfile("mild", "slow decays, every gate random", (), lambda noise, mild: {}),
+    # Undamped momentum (0) makes the outputs of MDN grow with length: 1e4 at 256 tokens, beyond float32 at 4096.
     *(_constant(f"log_mu={value:g}", "log_mu", value) for value in (0.0, -1.0, -2.0, -8.0, -math.inf)),
     GateProfile("log_mu=0/-2", "log_mu = 0 or -2, at random", ("log_mu",), _log_mu_switching),
     _constant("log_alpha=-5", "log_alpha", -5.0),
@@ -144,6 +146,17 @@ def get_gate_profile(name: str) -> GateProfile:
 def distinct_profiles(operator: Operator) -> list[str]:
     """Names of the gate profiles that differ for `operator`: a gate it does not read makes no difference to it."""
     return [name for name, p in GATE_PROFILES.items() if name == "mild" or set(p.changes) & set(operator.gates)]
+
+
+@cache
+def refused_gates(operator: Operator, gates: str) -> str | None:
+    """Why `operator` cannot express the gate profile `gates`, or None when it can."""
+    few_tokens = Workload(seq_len=256, head_dim_k=16, head_dim_v=16, gates=gates)
+    try:
+        make_inputs(operator, few_tokens, seed=0)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def make_inputs(
@@ -187,10 +200,8 @@ def make_inputs(
     }
     d_output = normal(workload.value_heads, workload.head_dim_v)
     noise = Noise(generator, (workload.batch, workload.seq_len, workload.value_heads))
-    common |= _mild(noise)
-    if profile.changes:
-        common |= profile.draw(noise)
-    inputs = operator.select(workload, common)
+    mild = _mild(noise)
+    inputs = operator.select(workload, common | mild | profile.draw(noise, mild))
     return {name: x.detach().contiguous().requires_grad_(requires_grad) for name, x in inputs.items()}, d_output
 
 

@@ -68,7 +68,9 @@ class Provider:
         Subclasses add their own conditions in `_supports`, which is asked last. Never raises, imports nothing heavy
         beyond torch.
         """
-        if self.package is not None and importlib.util.find_spec(self.package) is None:
+        from .inputs import refused_gates  # here, so that importing the interface loads no torch
+
+        if self.package is not None and not _is_installed(self.package):
             return f"the package {self.package} is not installed: {self.install}"
         if workload.device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only, not on {workload.device}"
@@ -78,7 +80,10 @@ class Provider:
             return f"has no {mode.replace('_', ' + ')}: it offers {', '.join(self.modes)} only"
         if self.chunk_sizes is not None and workload.chunk_size not in self.chunk_sizes:
             return f"takes chunk sizes {', '.join(map(str, self.chunk_sizes))} only, not {workload.chunk_size}"
-        return self._supports(workload, mode)
+        try:
+            return refused_gates(self.operator, workload.gates) or self._supports(workload, mode)
+        except Exception as error:  # a third party's fault: a reason, not the end of a sweep
+            return f"its own check failed: {type(error).__name__}: {error}"
 
     def _supports(self, workload: Workload, mode: str) -> str | None:
         """Further conditions of a subclass: None, or the reason in one sentence."""
@@ -92,3 +97,10 @@ class Provider:
         autograd when `modes` has a backward.
         """
         raise NotImplementedError
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # the parent of a dotted name is missing, or the module has no spec
+        return False

@@ -6,7 +6,7 @@ slices and every other step is one batched operation over all chunks, sequences 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 L2_NORM_EPS = 1e-6
 TOKENS_PER_SEGMENT = 64
-
-State = tuple[Tensor, ...]
 
 
 def l2_normalise(x: Tensor) -> Tensor:
@@ -30,40 +28,41 @@ def group_heads(x: Tensor, value_heads: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, dim=2)
 
 
-def run_tokens(
-    step: Callable[..., tuple[State, Tensor]],
-    state: State,
-    tokens: tuple[Tensor, ...],
-) -> Tensor:
-    """The outputs of a token recurrence, differentiable, at bounded memory.
+def run_segments(
+    run: Callable[..., tuple[Tensor, Tensor]], state: Tensor, tokens: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A token recurrence over a long sequence, differentiable, at bounded memory.
+
+    Backward would keep several states a token; recomputing a segment of tokens keeps one state for each segment.
 
     Args:
-        step: (state, *token) -> (next state, output of this token).
+        run: (state, *tokens of a segment) -> (outputs [B, T', ...], state after them).
         state: the state before the first token.
-        tokens: tensors whose first axis is time, [T, ...]; `step` gets one slice of each.
+        tokens: tensors [B, T, ...], of which `run` gets slices of up to 64 tokens.
 
     Returns:
-        The outputs stacked along a new first axis, [T, ...].
+        The outputs [B, T, ...] and the final state.
     """
-
-    def run_segment(state: State, *segment: Tensor) -> tuple[Tensor, ...]:
-        outputs = []
-        for token in zip(*(x.unbind(0) for x in segment)):
-            state, output = step(state, *token)
-            outputs.append(output)
-        return (torch.stack(outputs), *state)
-
+    if tokens[0].shape[1] <= TOKENS_PER_SEGMENT:
+        return run(state, *tokens)
     outputs = []
-    for segment in zip(*(x.split(TOKENS_PER_SEGMENT) for x in tokens)):
-        if len(tokens[0]) > TOKENS_PER_SEGMENT:
-            # Backward would keep several states a token; recomputing a segment keeps one state for each segment.
-            output, *state = checkpoint(
-                run_segment, tuple(state), *segment, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            output, *state = run_segment(state, *segment)
+    for segment in zip(*(x.split(TOKENS_PER_SEGMENT, dim=1) for x in tokens)):
+        output, state = checkpoint(run, state, *segment, use_reentrant=False, preserve_rng_state=False)
         outputs.append(output)
-    return torch.cat(outputs)
+    return torch.cat(outputs, dim=1), state
+
+
+def run_tokens(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+    """`run_segments` token by token: `step` maps (state, *token) to (output, next state); returns the outputs."""
+
+    def run(state: Tensor, *segment: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for token in zip(*(x.unbind(1) for x in segment)):
+            output, state = step(state, *token)
+            outputs.append(output)
+        return torch.stack(outputs, dim=1), state
+
+    return run_segments(run, state, tokens)[0]
 
 
 def split_chunks(x: Tensor, chunk_size: int) -> Tensor:

@@ -1,0 +1,92 @@
+"""Mamba-2's state-space duality (Dao and Gu, arXiv 2405.21060): linear attention with a scalar decay.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T
+    y_t = C_t^T h_t
+
+B and C are the keys and queries (a group of value heads shares one pair), x the values; no D, z or bias term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .provider import Inputs, Operator, Provider
+from .recurrence import decay_from_start, decay_matrix, group_heads, merge_chunks, run_tokens, split_chunks
+from .workload import Workload
+
+
+def _select(workload: Workload, inputs: Inputs) -> Inputs:
+    """A = -1 and dt = -log_alpha, so that the decay is the profile's; C carries the scale K^-0.5."""
+    dt = -inputs["log_alpha"]
+    if dt.isinf().any():
+        raise ValueError("Mamba-2 writes with the same step that decays, so an infinite decay has no finite write")
+    if not dt.any():
+        raise ValueError("Mamba-2 writes with the same step that decays, so without any decay it writes nothing")
+    return {
+        "x": inputs["v"],
+        "dt": dt,
+        "A": -dt.new_ones(workload.value_heads),
+        "B": inputs["k"],
+        "C": inputs["q"] * workload.head_dim_k**-0.5,
+    }
+
+
+def state_space_truth(workload: Workload, inputs: Inputs) -> Tensor:
+    """Token by token. x [B, T, HV, V], dt [B, T, HV], A [HV], B, C [B, T, H, K] to [B, T, HV, V]."""
+    x, dt = inputs["x"].unsqueeze(-2), inputs["dt"][..., None, None]
+    b, c = (group_heads(inputs[name], workload.value_heads).unsqueeze(-2) for name in "BC")
+    decay = (dt * inputs["A"][:, None, None]).exp()
+    write = (dt * b).mT
+
+    def step(state, x_t, c_t, write_t, decay_t):
+        state = decay_t * state + write_t * x_t
+        return c_t @ state, state
+
+    start = x.new_zeros(*x.shape[:1], workload.value_heads, workload.head_dim_k, workload.head_dim_v)
+    return run_tokens(step, start, (x, c, write, decay)).squeeze(-2)
+
+
+def chunk_state_space(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> Tensor:
+    """The chunk form, in float32. Shapes as in `state_space_truth`, the output in x's dtype.
+
+    With L the decay matrix and l the decay from the start of the chunk, Y = diag(l) C h0 + (L * C B^T) diag(dt) X.
+    """
+    batch, seq_len, value_heads, _ = x.shape
+    log_decay = split_chunks(dt * A, chunk_size)
+    steps = split_chunks(dt.unsqueeze(-1) * x.float(), chunk_size)
+    b, c = (split_chunks(group_heads(tensor, value_heads), chunk_size) for tensor in (B, C))
+
+    decay = decay_matrix(log_decay)  # [N, BH, C, C]
+    from_start = decay_from_start(log_decay, -1).unsqueeze(-1)
+    writes = (decay[..., -1, :, None] * b).mT @ steps
+    state = torch.zeros_like(writes[0])
+    states = []
+    for write, chunk_decay in zip(writes, from_start[..., -1:, :]):
+        states.append(state)
+        state = torch.addcmul(write, chunk_decay, state)
+    y = (from_start * c) @ torch.stack(states) + (decay * (c @ b.mT)) @ steps
+    return merge_chunks(y, batch, seq_len, x.dtype)
+
+
+OPERATOR = Operator(
+    name="mamba2",
+    title="Mamba-2",
+    gates=("log_alpha",),
+    select=_select,
+    truth=state_space_truth,
+)
+
+
+class Mamba2Torch(Provider):
+    """The chunk form in PyTorch."""
+
+    name = "mamba2-torch"
+    operator = OPERATOR
+    chunk_sizes = (16, 32, 64, 128, 256)
+
+    def build(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+        """See `Provider.build`."""
+        return lambda: chunk_state_space(**inputs, chunk_size=workload.chunk_size)
