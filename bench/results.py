@@ -1,12 +1,24 @@
-"""The record of one measured point, and the append-only file it is kept in. Loads no torch."""
+"""The record of one measured point, and the append-only file it is kept in. Loads no torch.
+
+A run folder holds `results.jsonl`: one JSON object a line, written when its point is done and never changed. A point
+that is measured again gets a new line, and the last line of a point counts.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
 from mdnbench.baselines.workload import Workload
 
 SCHEMA_VERSION = 1
+RESULTS_FILE = "results.jsonl"
 MODES = ("forward", "backward", "forward_backward")
 REGIMES = ("eager", "graph")  # how calls reach the device: launched one by one, or replayed from a CUDA graph
 STATUSES = ("ok", "unsupported", "incorrect", "out_of_memory", "timeout", "crashed", "error")
@@ -21,13 +33,24 @@ class Point:
     mode: str
     regime: str
 
+    @property
+    def key(self) -> str:
+        """One line that identifies the point, such as `mdn-torch forward eager B1 T512 H4 K64 V64 C64 float32 cpu`."""
+        return f"{self.provider} {self.mode} {self.regime} {self.workload.label()}"
+
+    @property
+    def group(self) -> Point:
+        """The same for points that differ in provider and chunk size alone: those that are measured in alternation."""
+        return replace(self, provider="", workload=self.workload.with_(chunk_size=None))
+
 
 @dataclass(frozen=True)
 class Record:
     """One row of results.jsonl: a point and what came of it.
 
     Absent values are None. `samples_ms` holds every sample in the order taken; nothing is dropped.
-    `relative_error` maps tensor names ("o", "dq", "dlog_alpha", ...) to ||x - truth|| / ||truth||.
+    `relative_error` maps tensor names ("o", "dq", "dlog_alpha", ...) to ||x - truth|| / ||truth||, None where that is
+    not a number, as it is for an output that holds NaN.
     """
 
     point: Point
@@ -44,7 +67,118 @@ class Record:
     first_call_s: float | None = None  # build and first call: compilation and autotuning included
     peak_memory_bytes: int | None = None  # inputs, output, gradients and work space at their highest
     saved_memory_bytes: int | None = None  # kept from forward for backward, inputs not counted
-    relative_error: dict[str, float] | None = None
+    relative_error: dict[str, float | None] | None = None
     checked_seq_len: int | None = None  # sequence length of the correctness check, which may be shortened
     threads: int | None = None  # CPU threads in use; None on a GPU
     schema_version: int = SCHEMA_VERSION
+
+    def to_row(self) -> dict[str, Any]:
+        """The flat JSON object of this record: `point` is spread into provider, workload, mode and regime."""
+        row: dict[str, Any] = {
+            "schema_version": self.schema_version,
+            "provider": self.point.provider,
+            "operator": self.operator,
+            "workload": self.point.workload.to_dict(),
+            "mode": self.point.mode,
+            "regime": self.point.regime,
+        }
+        for field in fields(self):
+            if field.name not in ("point", "operator", "schema_version"):
+                row[field.name] = _plain(getattr(self, field.name))
+        return row
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Record:
+        """The inverse of `to_row`. Keys it does not know are ignored.
+
+        Raises:
+            ValueError: when the row has another schema version or lacks a value that every row has.
+        """
+        if row.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"schema_version={row.get('schema_version')!r}, but this version of mdnbench reads {SCHEMA_VERSION}: "
+                f"use the version that wrote it"
+            )
+        known = {field.name for field in fields(cls)} - {"point"}
+        try:
+            point = Point(row["provider"], Workload.from_dict(row["workload"]), row["mode"], row["regime"])
+            values = {name: value for name, value in row.items() if name in known}
+            return cls(point, **values | {"samples_ms": tuple(row.get("samples_ms") or ())})
+        except (KeyError, TypeError) as fault:
+            raise ValueError(f"this is no row of results: {type(fault).__name__}: {fault}") from None
+
+
+def now() -> str:
+    """The present time as rows state it: ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def append_record(folder: str | Path, record: Record) -> None:
+    """Add a row to the folder's results.jsonl; on return it is on disk, so that no later fault can lose it.
+
+    A last line cut short by a kill is removed first: a row counts only with its end of line.
+    """
+    line = json.dumps(record.to_row(), allow_nan=False, ensure_ascii=False) + "\n"
+    with open(results_path(folder), "a+b") as file:
+        _cut_torn_line(file)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """The records of a run, the last one of each point, in the order in which the points first came.
+
+    Args:
+        path: a run folder or its results.jsonl. A last line cut short by a kill is passed over.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: naming file and line, when a line is not a row of this schema version.
+    """
+    path = results_path(path)
+    last: dict[Point, Record] = {}
+    for number, line in enumerate(_whole_lines(path.read_bytes()), start=1):
+        try:
+            record = Record.from_row(json.loads(line))
+        except ValueError as fault:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            raise ValueError(f"{path} line {number}: {fault}") from None
+        last[record.point] = record
+    return list(last.values())
+
+
+def results_path(path: str | Path) -> Path:
+    """The results.jsonl of a run folder; a path that is a file already stays as it is."""
+    path = Path(path)
+    return path if path.suffix == ".jsonl" else path / RESULTS_FILE
+
+
+def _whole_lines(content: bytes) -> Iterable[bytes]:
+    return (line for line in content.split(b"\n")[:-1] if line.strip())
+
+
+def _cut_torn_line(file) -> None:
+    """Truncate a file opened "a+b" to the end of its last whole line."""
+    end = file.seek(0, os.SEEK_END)
+    keep = end
+    while keep > 0:  # backwards in blocks: rows with many samples are long, files longer
+        start = max(0, keep - 65536)
+        file.seek(start)
+        newline = file.read(keep - start).rfind(b"\n")
+        if newline >= 0:
+            keep = start + newline + 1
+            break
+        keep = start
+    if keep != end:
+        file.truncate(keep)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinities: they become None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

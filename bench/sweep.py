@@ -1,0 +1,288 @@
+"""Runs a sweep: every point in the worker process, providers of one workload in alternation, each row kept at once.
+
+Importing this loads no torch, running a sweep does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import metrics
+from .requests import Block, Failure, PointFailed, Prepare, Prepared
+from .results import SCHEMA_VERSION, Point, Record, append_record, now, read_records, results_path
+from .spec import SweepSpec, estimate_seconds, first_difference, operator_names, plan
+from .worker import MEMORY_LIMIT_FRACTION, Worker, available_memory_bytes
+
+__all__ = ["Progress", "Summary", "SweepSpec", "estimate_seconds", "plan", "run_sweep"]
+
+SWEEP_FILE = "sweep.json"
+WORKER_LOG = "worker.log"
+
+FINAL_STATUSES = ("ok", "unsupported", "incorrect")  # to be had again would change nothing; the others may be chance
+NOT_COMPARED = ("name", "setup_limit_s", "run_limit_s", "memory_limit_bytes")  # they change no number
+
+BLOCKS_PER_POINT = 5  # into which the time limit is cut, so that providers alternate at least so often
+MAX_BLOCK_S = 1.0
+MIN_BLOCKS = 2  # one block cannot show a drift
+MIN_SAMPLES = 3
+MAX_SAMPLES = 2000  # the interval of the median is 4 % of the ranks wide then
+MAX_SAMPLES_PER_BLOCK = 200
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told to the caller of `run_sweep` before and after each step.
+
+    Attributes:
+        step: "preparing" (build, first call, check), "sampling" (a block of samples) or "finished".
+        point: which point.
+        record: its row, already on disk; None unless finished.
+        done: points finished, those kept from before included.
+        total: points of the sweep.
+        seconds_left: an estimate for the points not finished.
+    """
+
+    step: str
+    point: Point
+    record: Record | None
+    done: int
+    total: int
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a sweep came to.
+
+    Attributes:
+        folder: where everything is.
+        statuses: number of points by status, those kept from before included.
+        measured, kept: points that were run now, and before.
+        seconds: wall time.
+    """
+
+    folder: Path
+    statuses: dict[str, int]
+    measured: int
+    kept: int
+    seconds: float
+
+
+def run_sweep(
+    spec: SweepSpec,
+    folder: str | Path,
+    resume: bool = False,
+    on_event: Callable[[Progress], None] | None = None,
+    identity: dict[str, Any] | None = None,
+) -> Summary:
+    """Measure every point of `spec` and keep a row of each in `folder`.
+
+    Args:
+        spec: what to measure.
+        folder: made when absent. It gets sweep.json (the specification and `identity`), results.jsonl and worker.log.
+        resume: go on with a sweep that stopped: points whose last row is ok, unsupported or incorrect stay as they
+            are, the others are measured.
+        on_event: called with the progress, in this process.
+        identity: what must be equal for times to be comparable, such as hardware and versions; plain JSON values.
+
+    Raises:
+        ValueError: before anything is run: for a bad specification, a folder that holds results when not resuming,
+            and, when resuming, a folder that holds no sweep or a different one, naming the difference.
+        RuntimeError: when no worker process can be started.
+        KeyboardInterrupt: on Ctrl-C; the rows written stay.
+    """
+    points = plan(spec)
+    folder = Path(folder)
+    kept = _resume(spec, folder, identity) if resume else _start(spec, folder, identity)
+    kept = {point: kept[point] for point in points if point in kept}
+    run = _Run(spec, folder, on_event or (lambda progress: None), kept, len(points))
+    remaining = [point for point in points if point not in kept]
+    try:
+        for _, group in itertools.groupby(remaining, key=lambda point: point.group):
+            run.measure_group(list(group))
+    finally:
+        run.stop_worker()
+    statuses = Counter(record.status for record in run.finished.values())
+    return Summary(folder, dict(statuses), len(remaining), len(kept), time.monotonic() - run.started)
+
+
+def _start(spec: SweepSpec, folder: Path, identity: dict[str, Any] | None) -> dict[Point, Record]:
+    if results_path(folder).exists():
+        raise ValueError(f"{folder} holds results already: go on with them by --resume, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"schema_version": SCHEMA_VERSION, "spec": spec.to_dict(), "identity": identity or {}}
+    (folder / SWEEP_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    return {}
+
+
+def _resume(spec: SweepSpec, folder: Path, identity: dict[str, Any] | None) -> dict[Point, Record]:
+    """The rows that stay, after a check that the folder holds this very sweep."""
+    file = folder / SWEEP_FILE
+    if not file.exists():
+        raise ValueError(f"--resume: {folder} holds no sweep, {SWEEP_FILE} is missing: start it without --resume")
+    try:
+        before = json.loads(file.read_text())
+        spec_before, identity_before = before["spec"], before["identity"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--resume: {file} is damaged: start in another folder") from None
+    plain = json.loads(json.dumps({"spec": spec.to_dict(), "identity": identity or {}}))
+    difference = first_difference(spec_before, plain["spec"], NOT_COMPARED)
+    difference = difference or first_difference(identity_before, plain["identity"])
+    if difference:
+        name, was, asked = difference
+        raise ValueError(
+            f"--resume: {folder} was measured with {name} {_words(was)}, this sweep has {_words(asked)}; "
+            f"resume with the same sweep on the same system, or choose another folder"
+        )
+    records = read_records(folder) if results_path(folder).exists() else []
+    return {record.point: record for record in records if record.status in FINAL_STATUSES}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(" x ".join(map(str, x)) if isinstance(x, list) else str(x) for x in value)
+    return "none" if value is None else str(value)
+
+
+@dataclass
+class _Sampling:
+    """A prepared point and the samples it has so far."""
+
+    point: Point
+    found: Prepared
+    samples_ms: list[float] = field(default_factory=list)
+    blocks: int = 0
+    seconds: float = 0.0
+
+    def is_done(self, spec: SweepSpec) -> bool:
+        if len(self.samples_ms) < MIN_SAMPLES:
+            return False
+        if self.seconds >= spec.time_limit_s or len(self.samples_ms) >= MAX_SAMPLES:
+            return True
+        return self.blocks >= MIN_BLOCKS and metrics.is_precise(self.samples_ms, spec.precision)
+
+
+class _Run:
+    """The worker of a sweep, what the worker holds, and the rows written so far."""
+
+    def __init__(
+        self,
+        spec: SweepSpec,
+        folder: Path,
+        on_event: Callable[[Progress], None],
+        kept: dict[Point, Record],
+        total: int,
+    ) -> None:
+        self.spec, self.folder, self.on_event, self.total = spec, folder, on_event, total
+        self.finished = dict(kept)
+        self.kept = len(kept)
+        self.operators = operator_names(spec.providers)
+        self.started = time.monotonic()
+        self.memory_limit_bytes = spec.memory_limit_bytes or int(MEMORY_LIMIT_FRACTION * available_memory_bytes())
+        self.worker: Worker | None = None
+        self.built: set[Point] = set()  # in the present worker
+
+    def measure_group(self, points: Sequence[Point]) -> None:
+        """Prepare all, then take blocks of samples in turn until each is precise or out of time."""
+        active: list[_Sampling] = []
+        for point in points:
+            self._tell("preparing", point)
+            try:
+                active.append(_Sampling(point, self._prepare(point, full=True)))
+            except PointFailed as stop:
+                self._finish(point, stop.failure.found, failure=stop.failure)
+        while active:
+            for sampling in list(active):
+                self._tell("sampling", sampling.point)
+                failure = None
+                try:
+                    self._take_block(sampling)
+                except PointFailed as stop:
+                    failure = stop.failure
+                if failure or sampling.is_done(self.spec):
+                    active.remove(sampling)
+                    self._finish(sampling.point, sampling.found, sampling.samples_ms, failure)
+
+    def stop_worker(self) -> None:
+        """End the worker process, if there is one."""
+        if self.worker is not None:
+            self.worker.stop()
+            self.worker = None
+
+    def _prepare(self, point: Point, full: bool) -> Prepared:
+        if self.worker is None or not self.worker.alive:
+            self.stop_worker()
+            self.built.clear()
+            self.worker = Worker(self.spec.device, self.folder / WORKER_LOG, self.memory_limit_bytes)
+        found = self.worker.prepare(Prepare(point, self.spec.seed, full), self.spec.setup_seconds)
+        self.built.add(point)
+        return found
+
+    def _take_block(self, sampling: _Sampling) -> None:
+        point, spec = sampling.point, self.spec
+        if self.worker is None or not self.worker.alive or point not in self.built:
+            self._prepare(point, full=False)  # it was checked in a worker that another point has ended
+        seconds = min(spec.time_limit_s / BLOCKS_PER_POINT, MAX_BLOCK_S)
+        count = min(MAX_SAMPLES_PER_BLOCK, MAX_SAMPLES - len(sampling.samples_ms))
+        start = time.monotonic()
+        sampling.samples_ms += self.worker.block(Block(point, seconds, count), spec.run_limit_s + seconds)
+        sampling.seconds += time.monotonic() - start
+        sampling.blocks += 1
+
+    def _finish(
+        self, point: Point, found: Prepared, samples_ms: Sequence[float] = (), failure: Failure | None = None
+    ) -> None:
+        """Write the row of a point."""
+        operator = self.operators[point.provider]
+        record = make_record(point, operator, self.spec.seed, found, samples_ms, failure)
+        append_record(self.folder, record)
+        self.finished[point] = record
+        self._tell("finished", point, record)
+
+    def _tell(self, step: str, point: Point, record: Record | None = None) -> None:
+        done = len(self.finished)
+        measured = done - self.kept
+        if measured:
+            seconds_left = (time.monotonic() - self.started) / measured * (self.total - done)
+        else:
+            seconds_left = estimate_seconds([point] * (self.total - done), self.spec)
+        self.on_event(Progress(step, point, record, done, self.total, seconds_left))
+
+
+def make_record(
+    point: Point,
+    operator: str,
+    seed: int,
+    found: Prepared,
+    samples_ms: Sequence[float] = (),
+    failure: Failure | None = None,
+) -> Record:
+    """The row of a point, dated now. One that failed keeps its samples and has no speed."""
+    latency = metrics.median(samples_ms) if samples_ms and not failure else None
+    low, high = (metrics.median_interval(samples_ms) if latency is not None else None) or (None, None)
+    return Record(
+        point=point,
+        operator=operator,
+        status=failure.status if failure else "ok",
+        reason=failure.reason if failure else None,
+        seed=seed,
+        time=now(),
+        samples_ms=tuple(samples_ms),
+        latency_ms=latency,
+        latency_low_ms=low,
+        latency_high_ms=high,
+        tokens_per_s=point.workload.tokens / (latency / 1e3) if latency else None,
+        first_call_s=found.first_call_s,
+        peak_memory_bytes=found.peak_memory_bytes,
+        saved_memory_bytes=found.saved_memory_bytes,
+        relative_error=found.relative_error,
+        checked_seq_len=found.checked_seq_len,
+        threads=found.threads,
+    )
