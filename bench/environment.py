@@ -5,6 +5,7 @@ No host name, user name or path is stored, so that the file can be published wit
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 
+ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("fla-core", "flash-linear-attention", "mamba-ssm", "causal-conv1d", "flash-attn", "tilelang", "einops")
 
 Environment = dict[str, Any]
@@ -25,22 +27,24 @@ def collect(device: str | None = None) -> Environment:
     """Describe this machine and this installation.
 
     Args:
-        device: "cpu" or "cuda", what the run measures on; None when nothing is run. `device_name` is the name of that
-            processor.
+        device: "cpu", "cuda" or "cuda:N", what the run measures on; None when nothing is run. Of several GPUs, the one
+            it names is described.
 
     Returns:
-        A dictionary for JSON with the keys of `identity` and time, os, cpu, memory_bytes, gpu, gpu_count,
-        nvidia_hardware, python, torch, torch_cuda, torch_sees_cuda, torch_error, triton, triton_interpret, ptxas,
-        numpy, packages, mdnbench, git_commit, git_dirty.
+        A dictionary for JSON: time (ISO 8601, UTC), device ("cpu" or "cuda") and device_name; os, cpu, memory_bytes,
+        gpu, gpu_count, nvidia_hardware (whether there is an NVIDIA GPU, usable or not); python, torch, torch_cuda (the
+        version it was built for), torch_sees_cuda, torch_error, triton, triton_interpret, ptxas, numpy, packages,
+        mdnbench, git_commit, git_dirty.
     """
+    kind, _, index = (device or "").partition(":")
     gpus = _gpus()
-    gpu = gpus[0] if gpus else None
+    gpu = gpus[int(index or 0)] if int(index or 0) < len(gpus) else None
     cpu = _cpu()
     names = {"cpu": cpu["model"], "cuda": gpu and gpu["name"]}
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device,
-        "device_name": names.get(device),
+        "device": kind or None,
+        "device_name": names.get(kind),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu,
         "memory_bytes": psutil.virtual_memory().total,
@@ -70,6 +74,21 @@ def identity(environment: Environment) -> dict[str, str | None]:
         "triton": environment.get("triton"),
         "driver": gpu and gpu.get("driver"),
     }
+
+
+def write(environment: Environment, folder: Path) -> None:
+    """Keep an environment as environment.json in a run folder, which is made when absent.
+
+    Raises:
+        ValueError: when the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    except OSError as fault:
+        raise ValueError(
+            f"--out {str(folder)!r} cannot be written to ({fault.strerror}): choose another folder"
+        ) from None
 
 
 def version(package: str) -> str | None:

@@ -6,6 +6,7 @@ Every error is a ValueError of one line that names the option, the value and a v
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -69,6 +70,32 @@ def _range(start: str, stop: str, step: str, wrong: Callable[[str], ValueError])
     while len(values) <= _MOST_VALUES and (following := values[-1] * by if geometric else values[-1] + by) <= last:
         values.append(following)
     return values
+
+
+def parse_int(option: str, text: str, least: int = 1) -> int:
+    """One whole number.
+
+    Raises:
+        ValueError: when `text` is not one, or below `least`.
+    """
+    if not re.fullmatch(r"\d+", text.strip()) or int(text) < least:
+        raise ValueError(f"{option} {text!r} is not a whole number of at least {least}; write for example {option} 4")
+    return int(text)
+
+
+def parse_seconds(option: str, text: str) -> float:
+    """A number of seconds above 0.
+
+    Raises:
+        ValueError: when `text` is not one.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{option} {text!r} is not a number of seconds above 0; write for example {option} 0.5")
+    return seconds
 
 
 def split_names(texts: Iterable[str]) -> tuple[str, ...]:

@@ -1,0 +1,148 @@
+"""Plots: panels, legends and what is kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from mdnbench.reports import plots, style
+from mdnbench.reports.plots import FIGURES, MOST_TICKS, draw, log_scale, write_plots
+from mdnbench.reports.runs import Run
+
+MakeRun = Callable[..., Run]
+
+
+def panels(figure: Figure) -> dict[str, object]:
+    return {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def texts(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in figure.texts)
+
+
+def test_files_are_written_with_titles_units_and_versions(make_run: MakeRun, tmp_path: Path) -> None:
+    written = write_plots([make_run()], tmp_path)
+    assert [path.name for path in written] == ["throughput.png", "throughput.svg", "memory.png", "memory.svg"]
+    for path in written:
+        assert path.stat().st_size > 20_000
+    svg = (tmp_path / "throughput.svg").read_text()
+    for text in (
+        "tokens/s",
+        "sequence length (tokens)",
+        "K 32, V 32: forward + backward",
+        "Some CPU 9000",
+        ">mdn-torch<",
+    ):
+        assert text in svg
+    again = tmp_path / "again"
+    again.mkdir()
+    write_plots([make_run()], again)
+    assert (again / "throughput.svg").read_bytes() == (tmp_path / "throughput.svg").read_bytes()
+
+
+def test_png_is_at_least_150_dpi() -> None:
+    assert plots.PNG_DPI >= 150
+
+
+def test_a_panel_a_head_dim_and_mode_with_a_line_a_provider_and_chunk_size(make_run: MakeRun) -> None:
+    figure = draw([make_run()], FIGURES["throughput"])
+    found = panels(figure)
+    assert set(found) == {f"K {k}, V {k}: {mode}" for k in (32, 64) for mode in ("forward", "forward + backward")}
+    lines = found["K 32, V 32: forward"].lines
+    assert len(lines) == 4 * 2 + 2  # four chunked operators at two chunk sizes, two attention backends
+    assert len({line.get_color() for line in lines}) == 5
+    assert len({line.get_marker() for line in lines}) == 6
+    assert len({line.get_linestyle() for line in lines}) == 2
+    assert [text for text in legend(figure) if text in ("Chunk size", "32", "64")] == ["Chunk size", "32", "64"]
+    assert "24 points without a time are not drawn" in texts(figure)
+    assert all(axes.get_xscale() == axes.get_yscale() == "log" for axes in found.values())
+
+
+def test_colours_and_markers_are_distinct_and_fixed() -> None:
+    pairs = [("other", "other-a"), ("mdn", "mdn-torch"), ("mdn", "mdn-triton"), ("gdn", "gdn-torch")]
+    looks = style.looks(pairs)
+    assert looks["mdn-torch"].colour == looks["mdn-triton"].colour == style.OPERATOR_COLOURS["mdn"]
+    assert len({look.marker for look in looks.values()}) == 4
+    assert len({look.colour for look in looks.values()}) == 3
+
+
+def test_cpu_and_gpu_and_eager_and_graph_never_share_a_panel(make_run: MakeRun) -> None:
+    cpu = make_run(modes=("forward",), head_dims=((64, 64),))
+    gpu = make_run("h200", modes=("forward",), head_dims=((64, 64),), device="cuda", regimes=("eager", "graph"))
+    figure = draw([cpu, gpu], FIGURES["throughput"])
+    assert sorted(panels(figure)) == [
+        "K 64, V 64: forward, cpu, eager calls",
+        "K 64, V 64: forward, cuda, CUDA graph",
+        "K 64, V 64: forward, cuda, eager calls",
+    ]
+    assert "smoke: Some CPU 9000" in texts(figure)
+    assert "h200: NVIDIA H200, driver 580.12" in texts(figure)
+    assert legend(figure)[-3:] == ["Run", "smoke", "h200"]
+
+
+def test_two_runs_share_a_panel_and_differ_by_line_style(make_run: MakeRun) -> None:
+    runs = [make_run(name, providers=("mdn-torch", "gdn-torch")) for name in ("before", "after")]
+    figure = draw(runs, FIGURES["memory"])
+    lines = panels(figure)["K 32, V 32: forward"].lines
+    assert len(lines) == 4
+    assert len({line.get_linestyle() for line in lines}) == 2
+    assert "Each provider at its fastest chunk size for that length." in texts(figure)
+
+
+def test_crowded_panels_show_the_fastest_chunk_size_and_say_so(make_run: MakeRun) -> None:
+    run = make_run(chunk_sizes=(16, 32, 64, 128))
+    figure = draw([run], FIGURES["throughput"])
+    axes = panels(figure)["K 64, V 64: forward"]
+    assert len(axes.lines) == 6
+    assert "Chunk size" not in legend(figure)
+    assert "Each provider at its fastest chunk size for that length." in texts(figure)
+    (line,) = [line for line in axes.lines if line.get_color() == style.OPERATOR_COLOURS["mdn"]]
+    best = max(
+        record.point.workload.tokens / sorted(record.samples_ms)[15] * 1e3
+        for record in run.records
+        if (record.point.provider, record.point.mode) == ("mdn-torch", "forward")
+        and (record.point.workload.seq_len, record.point.workload.head_dim_k) == (512, 64)
+    )
+    assert line.get_ydata()[-1] == pytest.approx(best)
+
+
+def test_nothing_measured_gives_no_figure(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(providers=("attention-flash",))
+    assert write_plots([run], tmp_path) == []
+    no_memory = [replace(record, peak_memory_bytes=None) for record in make_run().records]
+    assert [path.name for path in write_plots([Run("r", no_memory)], tmp_path)] == ["throughput.png", "throughput.svg"]
+
+
+def test_a_single_point_can_be_drawn(make_run: MakeRun) -> None:
+    run = make_run(
+        seq_lens=(512,), head_dims=((64, 64),), modes=("forward",), providers=("mdn-torch",), chunk_sizes=(64,)
+    )
+    for quantity in FIGURES.values():
+        (axes,) = panels(draw([run], quantity)).values()
+        assert len(axes.get_yticks()) >= 2
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["512"]
+
+
+def test_many_lengths_get_few_ticks(make_run: MakeRun) -> None:
+    run = make_run(seq_lens=tuple(512 * 2**i for i in range(9)), head_dims=((64, 64),), modes=("forward",))
+    (axes,) = panels(draw([run], FIGURES["throughput"])).values()
+    labels = [text.get_text() for text in axes.get_xticklabels()]
+    assert labels == ["512", "2k", "8k", "32k", "128k"]
+
+
+@pytest.mark.parametrize("base", [2, 10])
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (3e6, 3.1e6), (1.9e5, 2.1e6), (700.0, 2e9), (2.0**30, 2.0**37)])
+def test_log_axes_hold_the_data_and_a_few_round_ticks(low: float, high: float, base: int) -> None:
+    bottom, top, ticks = log_scale(low, high, base)
+    assert bottom < low <= high < top
+    assert 2 <= len(ticks) <= MOST_TICKS
+    assert ticks == sorted(set(ticks))
+    assert bottom <= ticks[0] < ticks[-1] <= top

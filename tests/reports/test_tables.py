@@ -1,0 +1,194 @@
+"""Tables: what is best, what is summarised, what reads well."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from mdnbench.bench.results import append_record
+from mdnbench.reports import render, style, tables
+from mdnbench.reports.runs import Run, describe, load_run
+
+MakeRun = Callable[..., Run]
+
+
+def shown(runs: list[Run], terminal: bool, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=width if terminal else 400, _environ={})
+    render.show(console, runs)
+    return console.file.getvalue()
+
+
+def with_times(run: Run, times: dict[str, tuple[float, float]]) -> Run:
+    """The run with (median, half interval) in ms by provider."""
+    records = []
+    for record in run.records:
+        middle, half = times[record.point.provider]
+        records.append(
+            replace(record, samples_ms=(middle,), latency_low_ms=middle - half, latency_high_ms=middle + half)
+        )
+    return Run(run.name, records, run.environment)
+
+
+def best_times(run: Run) -> dict[str, bool]:
+    """Whether the time of a provider is marked as best."""
+    (block,) = tables.blocks(tables.to_rows([run]))
+    provider, time = block.header.index("provider"), block.header.index("time ms")
+    return {row[provider].text: row[time].best for row in block.rows}
+
+
+def test_one_block_an_operator_and_one_row_a_point(make_run: MakeRun) -> None:
+    rows = tables.to_rows([make_run()])
+    blocks = tables.blocks(rows)
+    assert [block.title for block in blocks] == [
+        "Momentum DeltaNet (mdn-torch)",
+        "Gated DeltaNet (gdn-torch)",
+        "Kimi Delta Attention (kda-torch)",
+        "Mamba-2 (mamba2-torch)",
+        "Softmax attention (attention)",
+    ]
+    assert sum(len(block.rows) for block in blocks) == sum(row["status"] == "ok" for row in rows)
+    assert blocks[0].header == ["K=V", "T", "mode", "C", "time ms", "tokens/s", "MiB", "error"]
+    assert blocks[4].header == ["K=V", "T", "mode", "provider", "time ms", "tokens/s", "MiB", "error"]
+
+
+def test_best_is_the_fastest_of_a_problem_and_ties_share_it(make_run: MakeRun) -> None:
+    names = ("attention-efficient", "attention-math", "attention-flash")
+    run = make_run(seq_lens=(512,), head_dims=((64, 64),), modes=("forward",), providers=names, device="cuda")
+    apart = {"attention-efficient": (1.0, 0.1), "attention-math": (2.0, 0.1), "attention-flash": (3.0, 0.1)}
+    assert best_times(with_times(run, apart)) == {names[0]: True, names[1]: False, names[2]: False}
+    overlapping = apart | {"attention-math": (1.15, 0.1)}
+    assert best_times(with_times(run, overlapping)) == {names[0]: True, names[1]: True, names[2]: False}
+    assert not any(best_times(with_times(run, dict.fromkeys(names, (1.0, 0.1)))).values())
+
+
+def test_best_never_compares_modes_lengths_or_devices(make_run: MakeRun) -> None:
+    cpu = make_run(providers=("mdn-torch",), chunk_sizes=(64,))
+    gpu = make_run("h200", providers=("mdn-torch",), chunk_sizes=(64,), device="cuda")
+    (block,) = tables.blocks(tables.to_rows([cpu, gpu]))
+    assert len(block.rows) == len(cpu.records) + len(gpu.records)
+    assert not any(cell.best for row in block.rows for cell in row)
+
+
+def test_points_without_a_time_are_counted_by_reason(make_run: MakeRun) -> None:
+    run = make_run()
+    crashed = replace(run.records[0], status="crashed", reason="the worker ended by signal 11\nmore", samples_ms=())
+    rows = tables.to_rows([Run(run.name, [crashed, *run.records[1:]], run.environment)])
+    crash, unsupported = tables.failures(rows)
+    assert (crash.status, crash.count, crash.reason) == ("crashed", 1, "the worker ended by signal 11")
+    assert unsupported.count == 24
+    assert unsupported.providers == ("attention-flash", "attention-cudnn")
+    assert tables.counts(rows) == "144 points: 119 ok, 24 unsupported, 1 crashed"
+    assert "  24 unsupported: attention-flash, attention-cudnn: runs on cuda only, not on cpu" in shown(
+        [run], terminal=False
+    )
+
+
+def test_plain_text_has_no_escapes_and_one_line_a_row(make_run: MakeRun) -> None:
+    text = shown([make_run()], terminal=False)
+    assert "\x1b" not in text
+    assert not set(text) & set("│─┃━┏┓╇┡")
+    slow, fast = (
+        next(line for line in text.splitlines() if line.split()[:4] == ["64", "512", "fwd+bwd", chunk_size])
+        for chunk_size in ("64", "32")
+    )
+    assert "±" in slow
+    assert "*" not in slow
+    assert fast.count("*") == 2  # time and throughput; memory and error tie
+
+
+def test_terminal_table_fits_80_columns_and_marks_the_best_in_bold(make_run: MakeRun) -> None:
+    text = shown([make_run()], terminal=True)
+    assert "\x1b[1m" in text
+    plain = "".join(part.partition("m")[2] if index else part for index, part in enumerate(text.split("\x1b[")))
+    assert max(map(len, plain.splitlines())) <= 80
+    assert "…" not in plain
+
+
+def test_markdown_names_the_machine_and_sets_the_best_in_bold(make_run: MakeRun) -> None:
+    text = render.markdown([make_run()])
+    assert "Some CPU 9000, torch 2.13.0, triton 3.7.1, mdnbench 0.1.0 (0123456, modified)" in text
+    assert "Every row: on cpu, float32, gates mild, batch 1, heads 2, eager calls." in text
+    assert text.count("\n## ") == 6
+    assert "| **" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| 32 |", "| 64 |"))]
+    assert len(rows) == 120
+    assert {line.count("|") for line in rows} == {9}
+
+
+def test_value_dimensions_are_shown_where_they_differ(make_run: MakeRun) -> None:
+    run = make_run(head_dims=((128, 256), (64, 64)), providers=("mdn-torch",))
+    (block,) = tables.blocks(tables.to_rows([run]))
+    assert block.header[0] == "K/V"
+    assert {row[0].text for row in block.rows} == {"128/256", "64/64"}
+
+
+def test_several_runs_are_told_apart(make_run: MakeRun) -> None:
+    runs = [make_run("before", providers=("mdn-torch",)), make_run("after", providers=("mdn-torch",))]
+    (block,) = tables.blocks(tables.to_rows(runs))
+    assert "run" in block.header
+    text = render.markdown(runs)
+    assert "before: Some CPU 9000" in text
+    assert "after: Some CPU 9000" in text
+
+
+def test_frame_has_a_row_a_record_and_leaves_absent_values_empty(make_run: MakeRun) -> None:
+    run = make_run()
+    frame = tables.to_frame([run])
+    assert len(frame) == len(run.records)
+    assert "samples_ms" not in frame
+    absent = frame[frame.status == "unsupported"]
+    assert absent.latency_ms.isna().all()
+    assert absent.chunk_size.isna().all()
+    header, *lines = frame.to_csv(index=False).splitlines()
+    assert header.startswith("run,operator,provider,seq_len,head_dim_k")
+    assert "nan" not in " ".join(lines).lower()
+    assert lines[0].startswith(
+        "smoke,mdn,mdn-torch,128,32,32,1,2,2,32,float32,cpu,mild,forward,eager,ok,,"
+    )  # whole numbers stay whole
+
+
+def test_a_run_is_read_back_from_its_folder(make_run: MakeRun, tmp_path) -> None:
+    run = make_run(seq_lens=(128,))
+    folder = tmp_path / "first"
+    folder.mkdir()
+    for record in run.records:
+        append_record(folder, record)
+    assert load_run(folder) == Run("first", run.records, {})
+    (folder / "environment.json").write_text(json.dumps(run.environment))
+    assert load_run(folder / "results.jsonl") == Run("first", run.records, run.environment)
+    with pytest.raises(ValueError, match=r"has no results\.jsonl: give a run folder"):
+        load_run(tmp_path)
+
+
+def test_description_leaves_out_what_is_unknown() -> None:
+    assert describe({}) == ""
+    gpu = {"device": "cuda", "device_name": "NVIDIA H200", "gpu": {"driver": "580.12"}, "torch": "2.11.0"}
+    assert describe(gpu) == "NVIDIA H200, driver 580.12, torch 2.11.0"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (style.count(512), "512"),
+        (style.count(1024), "1k"),
+        (style.count(131072), "128k"),
+        (style.count(1500), "1500"),
+        (style.rate(987.4), "987"),
+        (style.rate(99_960), "100k"),
+        (style.rate(12_345), "12.3k"),
+        (style.rate(999_600), "1.00M"),
+        (style.mebibytes(1_048_576), "1.00"),
+        (style.time_ms(1.23456, 1.2236, 1.2456), "1.23 ± 0.01"),
+        (style.time_ms(1234.5, 1200.0, 1260.0), "1234 ± 30"),
+        (style.time_ms(0.5, None, None), "0.5"),
+        (style.error(2.14e-7), "2.1e-7"),
+        (style.error(0.0), "0"),
+    ],
+)
+def test_numbers_read_short(text: str, expected: str) -> None:
+    assert text == expected
