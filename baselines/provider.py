@@ -12,6 +12,8 @@ from .workload import DEVICES, DTYPES, Workload
 if TYPE_CHECKING:
     from torch import Tensor
 
+ENTRY_POINT_GROUP = "mdnbench.providers"  # under which other packages register their providers
+
 Inputs = dict[str, "Tensor"]
 
 

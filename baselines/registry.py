@@ -6,10 +6,8 @@ import difflib
 from importlib.metadata import EntryPoint, entry_points
 
 from . import attention, gdn, kda, mamba2, mdn
-from .provider import Operator, Provider
-from .workload import Workload
-
-ENTRY_POINT_GROUP = "mdnbench.providers"
+from .provider import ENTRY_POINT_GROUP, Operator, Provider
+from .workload import DEVICES, DTYPES, Workload
 
 OPERATORS: tuple[Operator, ...] = (mdn.OPERATOR, gdn.OPERATOR, kda.OPERATOR, mamba2.OPERATOR, attention.OPERATOR)
 
@@ -87,6 +85,13 @@ def _check(provider: object, found: dict[str, Provider], operators_by_name: dict
     for attribute in ("name", "operator"):
         if not hasattr(provider, attribute):
             raise TypeError(f"{type(provider).__name__} has no attribute {attribute}")
+    for attribute, known in (("devices", DEVICES), ("dtypes", DTYPES), ("modes", Provider.modes)):
+        values = getattr(provider, attribute)
+        if not isinstance(values, (tuple, list)) or not values or not set(values) <= set(known):
+            raise ValueError(f"{attribute}={values!r} must be a tuple of {', '.join(known)}, or of some of them")
+    sizes = provider.chunk_sizes
+    if sizes is not None and not (isinstance(sizes, (tuple, list)) and sizes and all(type(x) is int for x in sizes)):
+        raise ValueError(f"chunk_sizes={sizes!r} must be a tuple of whole numbers, or None")
     if provider.name in found:
         raise ValueError(f"the provider name {provider.name!r} is taken")
     known = operators_by_name.get(provider.operator.name)

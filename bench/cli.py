@@ -213,11 +213,18 @@ def report(runs: arg.Runs, out: arg.ReportOut = None, as_json: arg.Json = False)
     """Make tables and plots again, from one run or several."""
     from mdnbench.reports.runs import load_runs
 
+    from .results import results_path
+
     with validating():
         loaded = load_runs(runs)
     if out is None:
-        out = new_folder("report") if len(runs) > 1 else runs[0] if runs[0].is_dir() else runs[0].parent
-    _report(loaded, out, as_json)
+        out = new_folder("report") if len(loaded) > 1 else results_path(runs[0]).parent
+    try:
+        _report(loaded, out, as_json)
+    except OSError as fault:
+        if isinstance(fault, BrokenPipeError):  # of whoever reads the table
+            raise
+        raise BadInput(f"--out {str(out)!r} cannot be written to ({fault.strerror}): choose another folder") from None
 
 
 @app.command("doctor")

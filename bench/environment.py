@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from mdnbench.baselines.provider import ENTRY_POINT_GROUP
+
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("fla-core", "flash-linear-attention", "mamba-ssm", "causal-conv1d", "flash-attn", "tilelang", "einops")
 
@@ -57,7 +59,7 @@ def collect(device: str | None = None) -> Environment:
         "triton_interpret": os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"),
         "ptxas": _ptxas(gpu),
         "numpy": version("numpy"),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in (*PACKAGES, *_provider_packages())},
         "mdnbench": version("mdnbench"),
         **_git(Path(__file__).resolve()),
     }
@@ -73,6 +75,8 @@ def identity(environment: Environment) -> dict[str, str | None]:
         "torch": environment.get("torch"),
         "triton": environment.get("triton"),
         "driver": gpu and gpu.get("driver"),
+        "mdnbench": environment.get("mdnbench"),
+        **environment.get("packages", {}),
     }
 
 
@@ -97,6 +101,12 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _provider_packages() -> list[str]:
+    """The distributions that register providers of their own."""
+    found = metadata.entry_points(group=ENTRY_POINT_GROUP)
+    return sorted({entry_point.dist.name for entry_point in found if entry_point.dist} - set(PACKAGES))
 
 
 def _torch() -> Environment:

@@ -42,7 +42,10 @@ def capabilities(provider: Provider, device: str) -> Capabilities:
         workload = Workload(
             ASKED_SEQ_LEN, ASKED_HEAD_DIM, ASKED_HEAD_DIM, chunk_size=chunk_size, dtype=dtype, device=device
         )
-        return provider.supports(workload, mode)
+        try:
+            return provider.supports(workload, mode)
+        except Exception as fault:  # a third party's own `supports`: a reason, not the end of the list
+            return f"its own check failed: {type(fault).__name__}: {fault}"
 
     refusals = {(dtype, mode): refusal(dtype, mode) for dtype in DTYPES for mode in provider.modes}
     taken = [pair for pair, reason in refusals.items() if reason is None]

@@ -143,7 +143,7 @@ def stored_spec(folder: Path) -> SweepSpec:
     try:
         fields = json.loads((folder / SWEEP_FILE).read_text())["spec"]
         return SweepSpec(**fields)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"--resume: {folder} holds no sweep; give the folder of a run by --out") from None
     except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"--resume: {folder / SWEEP_FILE} is damaged; start in another folder") from None

@@ -94,6 +94,8 @@ class Record:
         Raises:
             ValueError: when the row has another schema version or lacks a value that every row has.
         """
+        if not isinstance(row, dict):
+            raise ValueError(f"this is no row of results: {type(row).__name__} in place of an object")
         if row.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
                 f"schema_version={row.get('schema_version')!r}, but this version of mdnbench reads {SCHEMA_VERSION}: "

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NOTES = (
-    "Time: median, ± half of its 95 % confidence interval. MiB: peak memory. Error: worst relative error of the output "
-    "and gradients against float64."
+    "Time: median, ± half of its 95 % confidence interval, or (n=samples) where they are too few for one. MiB: peak "
+    "memory. Error: worst relative error of the output and gradients against float64."
 )
 
 
@@ -56,7 +56,8 @@ def show(console: Console, runs: Sequence[Run]) -> None:
         name = f"{run.name}: " if len(runs) > 1 else ""
         console.print(Text(name + (describe(run.environment) or "environment not recorded")))
     console.print(Text(f"Every row: {tables.constants(rows)}."))
-    for block in tables.blocks(rows):
+    blocks = tables.blocks(rows)
+    for block in blocks:
         console.print()
         console.print(Text(block.title, style="bold"))
         print_table(console, block.header, block.rows, block.numeric)
@@ -68,7 +69,10 @@ def show(console: Console, runs: Sequence[Run]) -> None:
         text = f"{failure.count} {failure.status}: {', '.join(failure.providers)}: {failure.reason}"
         console.print(Padding(Text(text), (0, 0, 0, 2), expand=False))
     console.print()
-    console.print(Text(f"{'* is' if plain else 'Bold is'} the best of its problem. {NOTES}", style="dim"))
+    if any(cell.best for block in blocks for row in block.rows for cell in row):
+        console.print(Text(f"{'* is' if plain else 'Bold is'} the best of its problem.", style="dim"))
+    if blocks:
+        console.print(Text(NOTES, style="dim"))
     console.print(Text(f"{tables.counts(rows)}."))
 
 

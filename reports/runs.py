@@ -47,11 +47,18 @@ def load_run(path: Path) -> Run:
         facts = json.loads(environment.read_text()) if environment.is_file() else {}
     except json.JSONDecodeError as fault:
         raise ValueError(f"RUN {str(path)!r}: {ENVIRONMENT_FILE} is not JSON ({fault}): remove it to go on") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"RUN {str(path)!r}: {ENVIRONMENT_FILE} is no JSON object: remove it to go on")
     return Run(results.resolve().parent.name, records, facts)
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """`load_run` for each path. Runs whose folders share a name are named by their paths."""
+    """`load_run` for each path, once where paths lead to the same file. Runs whose folders share a name are named by
+    their paths."""
+    once: dict[Path, Path] = {}
+    for path in paths:
+        once.setdefault(results_path(path).resolve(), path)
+    paths = list(once.values())
     runs = [load_run(path) for path in paths]
     names = [run.name for run in runs]
     return [replace(run, name=str(path)) if names.count(run.name) > 1 else run for run, path in zip(runs, paths)]

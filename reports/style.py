@@ -103,10 +103,11 @@ def _digits(value: float) -> str:
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
-def time_ms(median: float, low: float | None, high: float | None) -> str:
-    """Median with half its confidence interval, to the digits that the interval allows: "1.23 ± 0.01"."""
+def time_ms(median: float, low: float | None, high: float | None, samples: int) -> str:
+    """Median with half its confidence interval, to the digits that the interval allows: "1.23 ± 0.01"; with the number
+    of samples where they are too few for an interval: "336 (n=3)"."""
     if low is None or high is None:
-        return f"{median:.4g}"
+        return f"{median:.3g} (n={samples})" if median < 1000 else f"{median:.0f} (n={samples})"
     half = (high - low) / 2
     if half <= 0:
         return f"{median:.4g} ± 0"

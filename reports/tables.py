@@ -185,7 +185,7 @@ def _block(operator: str, rows: list[Row], varying: Sequence[str]) -> Block:
 _VALUES: dict[str, tuple[str, Callable[[Row], str]]] = {
     "latency_ms": (
         "time ms",
-        lambda row: style.time_ms(row["latency_ms"], row["latency_low_ms"], row["latency_high_ms"]),
+        lambda row: style.time_ms(row["latency_ms"], row["latency_low_ms"], row["latency_high_ms"], row["samples"]),
     ),
     "tokens_per_s": ("tokens/s", lambda row: style.rate(row["tokens_per_s"])),
     "peak_memory_bytes": ("MiB", lambda row: style.mebibytes(row["peak_memory_bytes"])),

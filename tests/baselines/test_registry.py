@@ -94,6 +94,18 @@ def test_broken_entry_points_say_why_and_hurt_no_other(install):
             name = "gdn-other"
             operator = Operator("gdn", "Another", (), lambda w, i: i, lambda w, i: i["v"])
 
+        class OneDevice(GdnTorch):
+            name = "gdn-one"
+            devices = "cpu"
+
+        class OtherMode(GdnTorch):
+            name = "gdn-mode"
+            modes = ("forwards",)
+
+        class NoSizes(GdnTorch):
+            name = "gdn-sizes"
+            chunk_sizes = ()
+
         class Raising(GdnTorch):
             def __init__(self):
                 raise RuntimeError("no licence")
@@ -106,6 +118,9 @@ def test_broken_entry_points_say_why_and_hurt_no_other(install):
             "kda-torch": "builtins:dict",
             "other-gdn": "peer_kernels:OtherGdn",
             "raising": "peer_kernels:Raising",
+            "one-device": "peer_kernels:OneDevice",
+            "other-mode": "peer_kernels:OtherMode",
+            "no-sizes": "peer_kernels:NoSizes",
             "good": "peer_kernels:Good",
         },
     )
@@ -122,6 +137,9 @@ def test_broken_entry_points_say_why_and_hurt_no_other(install):
         "kda-torch (peer-kernels)": "which is no mdnbench.baselines.provider.Provider",
         "other-gdn": "the operator name 'gdn' is taken",
         "raising": "RuntimeError: no licence",
+        "one-device": "devices='cpu' must be a tuple of cpu, cuda, or of some of them",
+        "other-mode": "modes=('forwards',) must be a tuple of forward, backward, forward_backward",
+        "no-sizes": "chunk_sizes=() must be a tuple of whole numbers, or None",
     }
     assert reasons.keys() == expected.keys()
     for name, part in expected.items():

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from mdnbench.baselines.gdn import GdnTorch
 from mdnbench.bench.cli import main
+from mdnbench.bench.listing import capabilities
 from mdnbench.bench.results import read_records
 
 TINY = ("--preset", "ci", "--device", "cpu", "--seq-len", "32,64", "--time-limit", "0.02")
@@ -56,6 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sweep --name a/b", "--name 'a/b': use letters"),
         ("sweep --resume", "--resume needs the folder of the run: add --out FOLDER"),
         ("sweep --resume --out nowhere", "--resume: nowhere holds no sweep"),
+        (f"sweep --resume --out {__file__}", "holds no sweep; give the folder of a run by --out"),
         ("sweep --seq-lens 5", "No such option: --seq-lens"),
         ("sweep stray", "stray"),
         ("report", "Missing argument 'RUN...': mdnbench report --help"),
@@ -210,6 +213,11 @@ def test_reports_are_made_again_from_one_run_or_several(
     assert sorted(path.name for path in folder.iterdir()) == sorted(REPORTS)
 
 
+def test_report_refuses_a_folder_it_cannot_write_to(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run), "--out", str(run / "table.md")]) == 2
+    assert "table.md' cannot be written to (File exists): choose another folder" in capsys.readouterr().err
+
+
 def test_list_says_what_runs_here_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
@@ -222,6 +230,16 @@ def test_list_says_what_runs_here_and_why_not(capsys: pytest.CaptureFixture[str]
     assert rows["attention-sdpa-math"]["reason"] is None
     assert rows["attention-sdpa-math"]["chunk_sizes"] is None
     assert rows["attention-sdpa-cudnn"]["dtypes"] == []
+
+
+def test_list_survives_a_provider_whose_own_check_raises() -> None:
+    class Raising(GdnTorch):
+        def supports(self, workload, mode="forward"):
+            raise KeyError("boo")
+
+    found = capabilities(Raising(), "cpu")
+    assert found.reason == "its own check failed: KeyError: 'boo'"
+    assert found.chunk_sizes == ()
 
 
 def test_check_shows_the_error_at_each_profile(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,10 +95,21 @@ def test_git_state_is_that_of_the_checkout_the_code_is_in(tmp_path: Path) -> Non
 def test_identity_changes_with_what_changes_times(here: environment.Environment) -> None:
     same = here | {"time": "later", "git_commit": "other", "python": "3.99"}
     assert environment.identity(same) == environment.identity(here)
-    for name in ("device_name", "torch", "triton"):
+    for name in ("device_name", "torch", "triton", "mdnbench"):
         assert environment.identity(here | {name: "other"}) != environment.identity(here)
+    upgraded = here | {"packages": here["packages"] | {"fla-core": "99"}}
+    assert environment.identity(upgraded) != environment.identity(here)
     gpu = here | {"device": "cuda", "gpu": {"driver": "580.1"}}
     assert environment.identity(gpu) != environment.identity(gpu | {"gpu": {"driver": "580.2"}})
+
+
+def test_packages_that_register_providers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    info = tmp_path / "peer_kernels-1.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peer-kernels\nVersion: 1.5\n")
+    (info / "entry_points.txt").write_text("[mdnbench.providers]\npeer = peer_kernels:Peer\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert environment.collect()["packages"]["peer-kernels"] == "1.5"
 
 
 def test_a_folder_that_cannot_be_written_to_is_bad_input(here: environment.Environment, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_file_that_is_one_torn_line(tmp_path) -> None:
     [
         (json.dumps(RECORD.to_row() | {"schema_version": 7}), r"line 2: schema_version=7, but .* reads 1"),
         ("not json", r"line 2: Expecting value"),
+        ("[1, 2]", r"line 2: this is no row of results: list in place of an object"),
         (
             json.dumps({"schema_version": 1, "provider": "x"}),
             r"line 2: this is no row of results: KeyError",

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mdnbench.bench.results import append_record
 from mdnbench.reports import render, style, tables
-from mdnbench.reports.runs import Run, describe, load_run
+from mdnbench.reports.runs import Run, describe, load_run, load_runs
 
 MakeRun = Callable[..., Run]
 
@@ -161,6 +161,10 @@ def test_a_run_is_read_back_from_its_folder(make_run: MakeRun, tmp_path) -> None
     assert load_run(folder) == Run("first", run.records, {})
     (folder / "environment.json").write_text(json.dumps(run.environment))
     assert load_run(folder / "results.jsonl") == Run("first", run.records, run.environment)
+    assert load_runs([folder, folder / "results.jsonl"]) == [load_run(folder)]  # the same run twice is one run
+    (folder / "environment.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"environment\.json is no JSON object: remove it"):
+        load_run(folder)
     with pytest.raises(ValueError, match=r"has no results\.jsonl: give a run folder"):
         load_run(tmp_path)
 
@@ -183,9 +187,10 @@ def test_description_leaves_out_what_is_unknown() -> None:
         (style.rate(12_345), "12.3k"),
         (style.rate(999_600), "1.00M"),
         (style.mebibytes(1_048_576), "1.00"),
-        (style.time_ms(1.23456, 1.2236, 1.2456), "1.23 ± 0.01"),
-        (style.time_ms(1234.5, 1200.0, 1260.0), "1234 ± 30"),
-        (style.time_ms(0.5, None, None), "0.5"),
+        (style.time_ms(1.23456, 1.2236, 1.2456, 31), "1.23 ± 0.01"),
+        (style.time_ms(1234.5, 1200.0, 1260.0, 31), "1234 ± 30"),
+        (style.time_ms(0.5, None, None, 3), "0.5 (n=3)"),
+        (style.time_ms(1234.5, None, None, 5), "1234 (n=5)"),
         (style.error(2.14e-7), "2.1e-7"),
         (style.error(0.0), "0"),
     ],
