@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mdnbench {metadata.version('mdnbench')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or results.jsonl files.")]
 Preset = Annotated[
     str | None,
@@ -69,5 +80,7 @@ ReportOut = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run in --out: measure what is missing, retry what failed.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the points and a time estimate; run nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the points and a time estimate; run nothing, need no GPU.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print rows for machines on standard output, and nothing else.")]

@@ -10,9 +10,9 @@ from mdnbench.baselines.workload import Workload
 
 from .requests import Check, PointFailed
 from .results import Point, Record
-from .spec import SETUP_LIMIT_S, operator_names
+from .spec import SETUP_LIMIT_S, operator_names, providers_alone
 from .sweep import make_record
-from .worker import Worker
+from .worker import Workers
 
 
 def plan_checks(providers: Sequence[str], template: Workload, profiles: Sequence[str] | None = None) -> list[Point]:
@@ -20,7 +20,8 @@ def plan_checks(providers: Sequence[str], template: Workload, profiles: Sequence
 
     Args:
         providers: their names.
-        template: the workload; its gates are replaced, and its chunk size is dropped for providers that have no chunks.
+        template: the workload; its gates are replaced, its chunk size is dropped for providers that have no chunks, and
+            its head dimensions give way where a provider has a short list of its own.
         profiles: names of gate profiles; None means all.
 
     Raises:
@@ -35,6 +36,9 @@ def plan_checks(providers: Sequence[str], template: Workload, profiles: Sequence
     for name in providers:
         provider = get_provider(name)
         workload = template if provider.chunk_sizes is not None else template.with_(chunk_size=None)
+        if provider.head_dims is not None and (workload.head_dim_k, workload.head_dim_v) not in provider.head_dims:
+            head_dim_k, head_dim_v = provider.head_dims[0]
+            workload = workload.with_(head_dim_k=head_dim_k, head_dim_v=head_dim_v)
         mode = "forward_backward" if "forward_backward" in provider.modes else "forward"
         for profile in distinct_profiles(provider.operator):
             if profiles is None or profile in profiles:
@@ -63,15 +67,13 @@ def check_profiles(
     """
     limit_s = SETUP_LIMIT_S[device.partition(":")[0]] if limit_s is None else limit_s
     operators = operator_names(tuple({point.provider for point in points}))
-    worker: Worker | None = None
+    workers = Workers(device, log_path, providers_alone(tuple(operators)))
     try:
         for point in points:
-            if worker is None or not worker.alive:
-                worker = Worker(device, log_path)
+            worker = workers.of(point.provider)
             try:
                 yield make_record(point, operators[point.provider], seed, worker.check(Check(point, seed), limit_s))
             except PointFailed as stop:
                 yield make_record(point, operators[point.provider], seed, stop.failure.found, failure=stop.failure)
     finally:
-        if worker is not None:
-            worker.stop()
+        workers.stop()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from . import arguments as arg
-from .console import ProgressDisplay, fail, make_console
+from .console import ProgressDisplay, fail, make_console, warn
 
 if TYPE_CHECKING:
     from mdnbench.reports.runs import Run
@@ -65,6 +65,11 @@ def validating() -> Iterator[None]:
         raise BadInput(str(fault)) from None
 
 
+@app.callback()
+def before_every_command(version: arg.Version = False) -> None:
+    """Takes the options that come before a command; --version answers by itself."""
+
+
 @app.command()
 def sweep(
     preset: arg.Preset = None,
@@ -104,12 +109,16 @@ def sweep(
         from . import options, views
         from .spec import estimate_seconds, plan
 
-        spec = options.resumed_or_new_spec(out, resume, preset, given)
+        spec = options.resumed_or_new_spec(out, resume, preset, given, planning=dry_run)
         points = plan(spec)
         folder = out or new_folder(spec.name)
         options.check_folder(folder, resume)
     if not dry_run:
         raise typer.Exit(_run_sweep(spec, folder, resume, len(points), as_json))
+    try:
+        options.device_name(spec.device)
+    except ValueError as fault:
+        warn(f"this is a plan for another machine: {fault}")
     if as_json:
         _print_json(
             {"provider": p.provider, **p.workload.to_dict(), "mode": p.mode, "regime": p.regime} for p in points
@@ -130,11 +139,15 @@ def _run_sweep(spec: SweepSpec, folder: Path, resume: bool, total: int, as_json:
     display = ProgressDisplay(total)
 
     def show(event: Progress) -> None:
+        if mixed and display.done is None:  # the folder is of this sweep, and there is something to measure
+            warn(f"rows of two states of the code will share {folder}: {mixed}")
         display.update(event.done, views.short(event.point), event.seconds_left)
 
-    code = 0
-    if not resume:
-        with validating():
+    code, mixed = 0, None
+    with validating():
+        if resume:
+            mixed = environment.code_difference(facts, folder)
+        else:
             environment.write(facts, folder)
     try:
         with display:
@@ -211,10 +224,15 @@ def check(
 @app.command()
 def report(runs: arg.Runs, out: arg.ReportOut = None, as_json: arg.Json = False) -> None:
     """Make tables and plots again, from one run or several."""
-    from mdnbench.reports.runs import load_runs
+    from mdnbench.reports.runs import is_report, load_runs
 
     from .results import results_path
 
+    reports = [path for path in runs if is_report(path)]
+    if len(reports) < len(runs):  # else the error of loading them says what is wrong
+        runs = [path for path in runs if path not in reports]
+        for path in reports:
+            warn(f"{path} is passed over: it holds a report and no results")
     with validating():
         loaded = load_runs(runs)
     if out is None:

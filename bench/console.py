@@ -32,6 +32,11 @@ def fail(message: str) -> None:
     print(f"mdnbench: {' '.join(message.split())}", file=sys.stderr)
 
 
+def warn(message: str) -> None:
+    """Write one line to standard error about something that does not end the command."""
+    fail(f"warning: {message}")
+
+
 def duration(seconds: float) -> str:
     """A rough duration: 45 s, 12 min, 3.5 h."""
     if seconds < 90:

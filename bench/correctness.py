@@ -21,7 +21,7 @@ from mdnbench.baselines.inputs import make_inputs, truth_of
 from mdnbench.baselines.provider import Inputs, Operator, Provider
 from mdnbench.baselines.workload import Workload
 
-from .measure import open_call
+from .measure import open_call, returning_tensor
 
 # Largest relative error ||x - truth|| / ||truth|| by the dtype of q, k, v and o: (output, gradients of q, k, v).
 # Gradients of the gates, which sum over a whole head in float32, may be off by twice that of q, k, v.
@@ -93,7 +93,7 @@ def _check(provider: Provider, workload: Workload, gradients: bool, seed: int, d
     operator = provider.operator
     truth, d_truth = _truth(operator, workload.with_(chunk_size=None), seed, device)
     inputs, d_output = make_inputs(operator, workload, seed, device, requires_grad=gradients)
-    call = provider.build(workload, inputs)
+    call = returning_tensor(provider.build(workload, inputs), provider.name)
     with poisoned_memory(truth.shape, d_output.dtype, device):
         found = {"o": call() if gradients else open_call(call, "forward", [], d_output)()}
         if found["o"].shape == truth.shape and gradients:

@@ -20,7 +20,10 @@ import psutil
 from mdnbench.baselines.provider import ENTRY_POINT_GROUP
 
 ENVIRONMENT_FILE = "environment.json"
-PACKAGES = ("fla-core", "flash-linear-attention", "mamba-ssm", "causal-conv1d", "flash-attn", "tilelang", "einops")
+PACKAGES = (
+    "fla-core", "flash-linear-attention", "mamba-ssm", "causal-conv1d", "flash-attn", "flash-attn-3", "flash-attn-4",
+    "flash-qla", "flash-kda", "tilelang", "einops",
+)  # fmt: skip
 
 Environment = dict[str, Any]
 
@@ -93,6 +96,31 @@ def write(environment: Environment, folder: Path) -> None:
         raise ValueError(
             f"--out {str(folder)!r} cannot be written to ({fault.strerror}): choose another folder"
         ) from None
+
+
+def code_difference(environment: Environment, folder: Path) -> str | None:
+    """How the code of `environment` differs from that of the environment.json in a run folder, in words; None where it
+    does not, and where nothing is kept.
+
+    Raises:
+        ValueError: when the file is not JSON.
+    """
+    file = folder / ENVIRONMENT_FILE
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise ValueError(f"--resume: {file} is damaged: remove it to go on without") from None
+    was, now = _code(before), _code(environment)
+    return None if was == now else f"{was} before, {now} now"
+
+
+def _code(environment: Environment) -> str:
+    commit = environment.get("git_commit")
+    if commit is None:
+        return "no git commit"
+    return f"commit {commit[:7]}{' with changes' if environment.get('git_dirty') else ''}"
 
 
 def version(package: str) -> str | None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from mdnbench.baselines.provider import Provider
 from mdnbench.baselines.workload import DTYPES, Workload
 
-ASKED_SEQ_LEN, ASKED_HEAD_DIM = 512, 64
+ASKED_SEQ_LEN, ASKED_HEAD_DIM = 512, 128  # the head dimension that every kernel has
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a provider takes on one device, on a usual shape (512 tokens, 4 heads, K = V = 64).
+    """What a provider takes on one device, on a usual shape (512 tokens, 4 heads, K = V = 128).
 
     Attributes:
         provider, operator, operator_title: names.

@@ -25,11 +25,48 @@ TimeCalls = Callable[[Call, int], list[float]]  # (call, how many times) -> mill
 L2_SIZES_FLUSHED = 2
 GRAPH_WARM_UP_CALLS = 3
 CALLS_PER_SYNCHRONISATION = 8
+MAX_SETTLING_CALLS = 6
 SETTLED = 0.97  # warm-up ends when a call takes at least this part of the call before
 
 
 class CaptureError(RuntimeError):
     """A call could not be captured in a CUDA graph. The CUDA state of the process is not to be trusted after it."""
+
+
+def returning_tensor(call: Callable[[], object], provider: str) -> Callable[[], Tensor]:
+    """`call`, which raises a TypeError that names the provider when it returns anything but one tensor."""
+
+    def checked() -> Tensor:
+        output = call()
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"{provider} returned a {type(output).__name__} where the output tensor is due: what build() returns "
+                f"must return o alone"
+            )
+        return output
+
+    return checked
+
+
+def call_until_settled(call: Call, first_call_s: float, synchronise: Callable[[], None]) -> None:
+    """The calls after the first, until one takes at least half as long as the one before.
+
+    A compiler or an autotuner that is not done with the first call is done then, and is in no sample.
+
+    Args:
+        call: what will be timed.
+        first_call_s: how long its first call took.
+        synchronise: waits until the device has done what was launched.
+    """
+    before = first_call_s
+    for _ in range(MAX_SETTLING_CALLS):
+        start = time.perf_counter()
+        call()
+        synchronise()
+        took = time.perf_counter() - start
+        if took > before / 2:
+            return
+        before = took
 
 
 def open_call(call: Callable[[], Tensor], mode: str, inputs: Sequence[Tensor], d_output: Tensor) -> Call:

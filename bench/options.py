@@ -18,7 +18,7 @@ from mdnbench.baselines.workload import DTYPES, Workload
 
 from . import parse
 from .check import plan_checks
-from .presets import DEFAULT_DTYPE, DEFAULT_PRESET, load_preset, make_spec, resolve_device
+from .presets import AUTO, DEFAULT_DTYPE, DEFAULT_PRESET, load_preset, make_spec, resolve_device
 from .results import MODES, REGIMES, Point, results_path
 from .spec import SweepSpec
 from .sweep import SWEEP_FILE
@@ -61,13 +61,14 @@ def parse_gates(text: str) -> str:
     return names[0]
 
 
-def sweep_spec(preset: str | None, given: Mapping[str, Any], cuda_devices: int) -> SweepSpec:
+def sweep_spec(preset: str | None, given: Mapping[str, Any], cuda_devices: int, planning: bool = False) -> SweepSpec:
     """The sweep that a preset and the given options stand for; an option goes before the preset.
 
     Args:
         preset: its name; None means "smoke".
         given: the values of options by their name with underscores ("seq_len", "provider", ...), None where not given.
         cuda_devices: how many GPUs PyTorch sees.
+        planning: nothing will be run, so that a GPU need not be there.
 
     Raises:
         ValueError: for anything that is wrong, before anything runs.
@@ -96,10 +97,13 @@ def sweep_spec(preset: str | None, given: Mapping[str, Any], cuda_devices: int) 
     if "head_dim" in given or "v_head_dim" in given:
         values["head_dims"] = _head_dims(given, values["head_dims"])
     values["providers"] = list(select_providers(given.get("provider") or values.get("providers")))
-    return make_spec(values, cuda_devices)
+    _check_together(values, resolve_device(values.get("device", AUTO), cuda_devices, planning))
+    return make_spec(values, cuda_devices, planning)
 
 
-def resumed_or_new_spec(out: Path | None, resume: bool, preset: str | None, given: Mapping[str, Any]) -> SweepSpec:
+def resumed_or_new_spec(
+    out: Path | None, resume: bool, preset: str | None, given: Mapping[str, Any], planning: bool = False
+) -> SweepSpec:
     """The sweep to run: with --resume and no other option the one that is stored in --out, else as `sweep_spec`.
 
     Raises:
@@ -109,7 +113,7 @@ def resumed_or_new_spec(out: Path | None, resume: bool, preset: str | None, give
         raise ValueError("--resume needs the folder of the run: add --out FOLDER")
     if resume and preset is None and all(value is None for value in given.values()):
         return stored_spec(out)
-    return sweep_spec(preset, given, torch.cuda.device_count())
+    return sweep_spec(preset, given, torch.cuda.device_count(), planning)
 
 
 def device_name(device: str) -> str:
@@ -159,6 +163,16 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise ValueError(f"--out {str(folder)!r} is a file: give a folder")
     if not resume and results_path(folder).exists():
         raise ValueError(f"--out {str(folder)!r} holds results already: add --resume, or choose another folder")
+
+
+def _check_together(values: Mapping[str, Any], device: str) -> None:
+    """Options that are right alone and wrong together, said with the names of the options."""
+    heads, value_heads = values.get("heads", SweepSpec.heads), values.get("value_heads")
+    if value_heads and value_heads % heads:
+        right = ", ".join(str(heads * factor) for factor in (1, 2, 3))
+        raise ValueError(f"--value-heads {value_heads} is not a multiple of --heads {heads}: use {right}, ...")
+    if device == "cpu" and "graph" in values.get("regimes", ()):
+        raise ValueError("--regime graph needs a GPU, and the device is cpu: use --regime eager")
 
 
 def _head_dims(given: Mapping[str, Any], preset_pairs: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:

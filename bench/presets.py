@@ -42,7 +42,7 @@ def load_preset(name: str) -> dict[str, Any]:
     return values
 
 
-def make_spec(values: dict[str, Any], cuda_devices: int) -> SweepSpec:
+def make_spec(values: dict[str, Any], cuda_devices: int, planning: bool = False) -> SweepSpec:
     """A specification from the values of a preset and of options.
 
     "auto" means, for `device`: the GPU if there is one; for `dtypes`: bfloat16 on a GPU, float32 on a CPU; for
@@ -51,11 +51,12 @@ def make_spec(values: dict[str, Any], cuda_devices: int) -> SweepSpec:
     Args:
         values: fields of `SweepSpec`.
         cuda_devices: how many GPUs PyTorch sees.
+        planning: nothing will be run, so that a GPU need not be there.
 
     Raises:
         ValueError: as `SweepSpec`, and for a GPU that is not there.
     """
-    device = resolve_device(values.get("device", AUTO), cuda_devices)
+    device = resolve_device(values.get("device", AUTO), cuda_devices, planning)
     on_gpu = device.startswith("cuda")
     automatic = {
         "dtypes": (DEFAULT_DTYPE["cuda" if on_gpu else "cpu"],),
@@ -65,18 +66,18 @@ def make_spec(values: dict[str, Any], cuda_devices: int) -> SweepSpec:
     return SweepSpec(**values | chosen | {"device": device})
 
 
-def resolve_device(device: str, cuda_devices: int) -> str:
+def resolve_device(device: str, cuda_devices: int, planning: bool = False) -> str:
     """ "cpu", "cuda" or "cuda:N": "auto" is the GPU if there is one.
 
     Raises:
-        ValueError: for another name, and for a GPU that is not there.
+        ValueError: for another name and, unless `planning`, for a GPU that is not there.
     """
     if device == AUTO:
         return "cuda" if cuda_devices else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device!r} is unknown: choose cpu, cuda, cuda:N or auto")
     kind, _, index = device.partition(":")
-    if kind == "cuda" and int(index or 0) >= cuda_devices:
+    if kind == "cuda" and not planning and int(index or 0) >= cuda_devices:
         sees = f"PyTorch sees {cuda_devices} GPUs, numbered from 0" if cuda_devices else "PyTorch sees no GPU here"
         raise ValueError(f"--device {device!r}: {sees}; use --device cpu, or ask mdnbench doctor why")
     return device

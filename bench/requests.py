@@ -43,6 +43,7 @@ class Prepared:
     peak_memory_bytes: int | None = None
     saved_memory_bytes: int | None = None
     threads: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,10 @@ class Record:
     Absent values are None. `samples_ms` holds every sample in the order taken; nothing is dropped.
     `relative_error` maps tensor names ("o", "dq", "dlog_alpha", ...) to ||x - truth|| / ||truth||, None where that is
     not a number, as it is for an output that holds NaN.
+
+    `peak_memory_bytes` and `saved_memory_bytes` are those of the eager call in both regimes: what a CUDA graph reserves
+    for itself is not counted. `checked_seq_len` is the workload's own seq_len, or less where the check was shortened;
+    a shortened check takes at most 2 sequences of the batch as well.
     """
 
     point: Point
@@ -70,6 +74,7 @@ class Record:
     relative_error: dict[str, float | None] | None = None
     checked_seq_len: int | None = None  # sequence length of the correctness check, which may be shortened
     threads: int | None = None  # CPU threads in use; None on a GPU
+    notes: tuple[str, ...] = ()  # what the provider says about its rows, such as a check of its package passed over
     schema_version: int = SCHEMA_VERSION
 
     def to_row(self) -> dict[str, Any]:
@@ -105,7 +110,8 @@ class Record:
         try:
             point = Point(row["provider"], Workload.from_dict(row["workload"]), row["mode"], row["regime"])
             values = {name: value for name, value in row.items() if name in known}
-            return cls(point, **values | {"samples_ms": tuple(row.get("samples_ms") or ())})
+            lists = {name: tuple(row.get(name) or ()) for name in ("samples_ms", "notes")}
+            return cls(point, **values | lists)
         except (KeyError, TypeError) as fault:
             raise ValueError(f"this is no row of results: {type(fault).__name__}: {fault}") from None
 

@@ -36,7 +36,8 @@ class SweepSpec:
         gates: name of the gate profile.
         seed: of the timed inputs; the check uses the next one.
         precision: sampling stops when the 95 % confidence interval of the median is within this part of it.
-        time_limit_s: sampling of a point stops after so many seconds, precise or not; at least 3 samples are taken.
+        time_limit_s: sampling of a point stops after so many seconds, precise or not, but not before 6 samples, which
+            an interval needs; 3 where one call alone takes longer than this.
         setup_limit_s: a point may take so long to build, run once and be checked; None means 120 s on a CPU and 600 s
             on a GPU.
         run_limit_s: a block of samples may take so much longer than planned before it is ended.
@@ -132,6 +133,14 @@ def operator_names(providers: Sequence[str]) -> dict[str, str]:
     from mdnbench.baselines.registry import get_provider
 
     return {name: get_provider(name).operator.name for name in providers}
+
+
+def providers_alone(providers: Sequence[str]) -> set[str]:
+    """Those of the providers that need a process of their own, to build what is installed."""
+    from mdnbench.baselines.registry import get_provider
+
+    found = {name: get_provider(name) for name in providers}
+    return {name for name, provider in found.items() if not provider.shares_process and provider.missing() is None}
 
 
 def estimate_seconds(points: Sequence[Point], spec: SweepSpec) -> float:

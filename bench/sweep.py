@@ -17,21 +17,22 @@ from typing import Any
 from . import metrics
 from .requests import Block, Failure, PointFailed, Prepare, Prepared
 from .results import SCHEMA_VERSION, Point, Record, append_record, now, read_records, results_path
-from .spec import SweepSpec, estimate_seconds, first_difference, operator_names, plan
-from .worker import MEMORY_LIMIT_FRACTION, Worker, available_memory_bytes
+from .spec import SweepSpec, estimate_seconds, first_difference, operator_names, plan, providers_alone
+from .worker import MEMORY_LIMIT_FRACTION, Workers, available_memory_bytes
 
 __all__ = ["Progress", "Summary", "SweepSpec", "estimate_seconds", "plan", "run_sweep"]
 
 SWEEP_FILE = "sweep.json"
 WORKER_LOG = "worker.log"
 
-FINAL_STATUSES = ("ok", "unsupported", "incorrect")  # to be had again would change nothing; the others may be chance
+FINAL_STATUSES = ("ok", "unsupported")  # the others failed: by chance, or by a fault that may be mended by now
 NOT_COMPARED = ("name", "setup_limit_s", "run_limit_s", "memory_limit_bytes")  # they change no number
 
 BLOCKS_PER_POINT = 5  # into which the time limit is cut, so that providers alternate at least so often
 MAX_BLOCK_S = 1.0
 MIN_BLOCKS = 2  # one block cannot show a drift
-MIN_SAMPLES = 3
+MIN_SAMPLES = 6  # fewer have no 95 % interval
+MIN_SAMPLES_OF_LONG_CALLS = 3  # of calls that each take longer than the time limit of the point
 MAX_SAMPLES = 2000  # the interval of the median is 4 % of the ranks wide then
 MAX_SAMPLES_PER_BLOCK = 200
 
@@ -87,8 +88,8 @@ def run_sweep(
     Args:
         spec: what to measure.
         folder: made when absent. It gets sweep.json (the specification and `identity`), results.jsonl and worker.log.
-        resume: go on with a sweep that stopped: points whose last row is ok, unsupported or incorrect stay as they
-            are, the others are measured.
+        resume: go on with a sweep that stopped: points whose last row is ok or unsupported stay as they are, the
+            others are measured.
         on_event: called with the progress, in this process.
         identity: what must be equal for times to be comparable, such as hardware and versions; plain JSON values.
 
@@ -108,7 +109,7 @@ def run_sweep(
         for _, group in itertools.groupby(remaining, key=lambda point: point.group):
             run.measure_group(list(group))
     finally:
-        run.stop_worker()
+        run.workers.stop()
     statuses = Counter(record.status for record in run.finished.values())
     return Summary(folder, dict(statuses), len(remaining), len(kept), time.monotonic() - run.started)
 
@@ -162,7 +163,8 @@ class _Sampling:
     seconds: float = 0.0
 
     def is_done(self, spec: SweepSpec) -> bool:
-        if len(self.samples_ms) < MIN_SAMPLES:
+        long = metrics.median(self.samples_ms) / 1e3 > spec.time_limit_s
+        if len(self.samples_ms) < (MIN_SAMPLES_OF_LONG_CALLS if long else MIN_SAMPLES):
             return False
         if self.seconds >= spec.time_limit_s or len(self.samples_ms) >= MAX_SAMPLES:
             return True
@@ -170,7 +172,7 @@ class _Sampling:
 
 
 class _Run:
-    """The worker of a sweep, what the worker holds, and the rows written so far."""
+    """The workers of a sweep and the rows written so far."""
 
     def __init__(
         self,
@@ -185,9 +187,9 @@ class _Run:
         self.kept = len(kept)
         self.operators = operator_names(spec.providers)
         self.started = time.monotonic()
-        self.memory_limit_bytes = spec.memory_limit_bytes or int(MEMORY_LIMIT_FRACTION * available_memory_bytes())
-        self.worker: Worker | None = None
-        self.built: set[Point] = set()  # in the present worker
+        memory_limit_bytes = spec.memory_limit_bytes or int(MEMORY_LIMIT_FRACTION * available_memory_bytes())
+        alone = providers_alone(spec.providers)
+        self.workers = Workers(spec.device, folder / WORKER_LOG, alone, memory_limit_bytes)
 
     def measure_group(self, points: Sequence[Point]) -> None:
         """Prepare all, then take blocks of samples in turn until each is precise or out of time."""
@@ -210,29 +212,19 @@ class _Run:
                     active.remove(sampling)
                     self._finish(sampling.point, sampling.found, sampling.samples_ms, failure)
 
-    def stop_worker(self) -> None:
-        """End the worker process, if there is one."""
-        if self.worker is not None:
-            self.worker.stop()
-            self.worker = None
-
     def _prepare(self, point: Point, full: bool) -> Prepared:
-        if self.worker is None or not self.worker.alive:
-            self.stop_worker()
-            self.built.clear()
-            self.worker = Worker(self.spec.device, self.folder / WORKER_LOG, self.memory_limit_bytes)
-        found = self.worker.prepare(Prepare(point, self.spec.seed, full), self.spec.setup_seconds)
-        self.built.add(point)
-        return found
+        request = Prepare(point, self.spec.seed, full)
+        return self.workers.of(point.provider).prepare(request, self.spec.setup_seconds)
 
     def _take_block(self, sampling: _Sampling) -> None:
         point, spec = sampling.point, self.spec
-        if self.worker is None or not self.worker.alive or point not in self.built:
+        worker = self.workers.of(point.provider)
+        if point not in worker.prepared:
             self._prepare(point, full=False)  # it was checked in a worker that another point has ended
         seconds = min(spec.time_limit_s / BLOCKS_PER_POINT, MAX_BLOCK_S)
         count = min(MAX_SAMPLES_PER_BLOCK, MAX_SAMPLES - len(sampling.samples_ms))
         start = time.monotonic()
-        sampling.samples_ms += self.worker.block(Block(point, seconds, count), spec.run_limit_s + seconds)
+        sampling.samples_ms += worker.block(Block(point, seconds, count), spec.run_limit_s + seconds)
         sampling.seconds += time.monotonic() - start
         sampling.blocks += 1
 
@@ -285,4 +277,5 @@ def make_record(
         relative_error=found.relative_error,
         checked_seq_len=found.checked_seq_len,
         threads=found.threads,
+        notes=found.notes,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import psutil
 
 from . import worker_process
 from .requests import Block, Check, Failure, Phase, PointFailed, Prepare, Prepared
+from .results import Point
 
 POLL_S = 0.03
 START_LIMIT_S = 180.0
@@ -47,6 +49,7 @@ class Worker:
             memory_limit_bytes = int(MEMORY_LIMIT_FRACTION * available_memory_bytes())
         self.memory_limit_bytes = memory_limit_bytes
         self.alive = True
+        self.prepared: set[Point] = set()
         self._log_path = Path(log_path)
         self._highest_bytes = 0
         self._phase = "start-up"
@@ -76,7 +79,9 @@ class Worker:
             PointFailed: with the status that the point gets instead of a speed. `alive` says whether this worker is
                 still good for other points.
         """
-        return self._ask(request, limit_s, "set-up: build, first call and check")
+        found = self._ask(request, limit_s, "set-up: build, first call and check")
+        self.prepared.add(request.point)
+        return found
 
     def check(self, request: Check, limit_s: float) -> Prepared:
         """Check a point. Raises as `prepare`."""
@@ -147,6 +152,40 @@ class Worker:
             if -code == signal.SIGKILL and self._highest_bytes > self.memory_limit_bytes / 2:
                 status, how = "out_of_memory", f"{how} while it held {_gib(self._highest_bytes)}"
         return PointFailed(Failure(status, f"{how} during {self._phase}; see {self._log_path.name}", healthy=False))
+
+
+class Workers:
+    """The worker processes of a run: one for all providers but those of `alone`, which have one each.
+
+    Args:
+        device, log_path, memory_limit_bytes: as in `Worker`.
+        alone: names of providers.
+    """
+
+    def __init__(
+        self, device: str, log_path: str | Path, alone: Collection[str] = (), memory_limit_bytes: int | None = None
+    ) -> None:
+        self._start = functools.partial(Worker, device, log_path, memory_limit_bytes)
+        self._alone = frozenset(alone)
+        self._workers: dict[str | None, Worker] = {}
+
+    def of(self, provider: str) -> Worker:
+        """The worker of a provider, alive: started when there is none, or when the one there was has ended.
+
+        Raises:
+            RuntimeError: when the process does not come up.
+        """
+        key = provider if provider in self._alone else None
+        if key not in self._workers or not self._workers[key].alive:
+            if key in self._workers:
+                self._workers.pop(key).stop()
+            self._workers[key] = self._start()
+        return self._workers[key]
+
+    def stop(self) -> None:
+        """End all of them at once."""
+        while self._workers:
+            self._workers.popitem()[1].stop()
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ def markdown(runs: Sequence[Run]) -> str:
         lines += [_line(["---:" if numeric else "---" for numeric in block.numeric])]
         lines += [_line([f"**{cell.text}**" if cell.best else cell.text for cell in row]) for row in block.rows]
         lines += [""]
+    lines += [line for note in tables.notes(rows) for line in (f"Note on {note}.", "")]
     failures = tables.failures(rows)
     if failures:
         lines += ["## Without a time", "", _line(["status", "points", "providers", "reason"]), _line(["---"] * 4)]
@@ -61,6 +62,9 @@ def show(console: Console, runs: Sequence[Run]) -> None:
         console.print()
         console.print(Text(block.title, style="bold"))
         print_table(console, block.header, block.rows, block.numeric)
+    for note in tables.notes(rows):
+        console.print()
+        console.print(Text(f"Note on {note}."))
     failures = tables.failures(rows)
     if failures:
         console.print()

@@ -64,6 +64,11 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     return [replace(run, name=str(path)) if names.count(run.name) > 1 else run for run, path in zip(runs, paths)]
 
 
+def is_report(path: Path) -> bool:
+    """Whether a folder holds a report and no results, as `mdnbench report` of several runs leaves it beside them."""
+    return (path / "table.md").is_file() and not (path / RESULTS_FILE).exists()
+
+
 def describe(environment: dict[str, Any]) -> str:
     """One line: the processor, the driver, and the versions that decide a time. Empty when nothing is known."""
     gpu = environment.get("gpu") if environment.get("device") == "cuda" else None

@@ -96,6 +96,7 @@ def _row(run: str, record: Record) -> Row:
         "samples": len(record.samples_ms),
         "checked_seq_len": record.checked_seq_len,
         "threads": record.threads,
+        "notes": "; ".join(record.notes) or None,
         "seed": record.seed,
         "time": record.time,
     }
@@ -137,6 +138,11 @@ def failures(rows: Sequence[Row]) -> list[Failure]:
             groups[row["status"], reason][row["provider"]] += 1
     found = [Failure(status, names.total(), tuple(names), reason) for (status, reason), names in groups.items()]
     return sorted(found, key=lambda failure: (failure.status, -failure.count))
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What providers say about their rows: "provider: note", each once."""
+    return list(dict.fromkeys(f"{row['provider']}: {row['notes']}" for row in rows if row["notes"]))
 
 
 def counts(rows: Sequence[Row]) -> str:

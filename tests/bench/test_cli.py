@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from mdnbench.baselines.gdn import GdnTorch
 from mdnbench.bench.cli import main
@@ -43,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sweep --chunk-size 0", "--chunk-size '0': '0' is below 1; write for example --chunk-size 32,64"),
         ("sweep --head-dim 32,64 --v-head-dim 1,2,3", "--v-head-dim 1,2,3: 3 values for the 2 of --head-dim"),
         ("sweep --batch 0", "--batch '0' is not a whole number of at least 1"),
-        ("sweep --heads 2 --value-heads 3", "value_heads=3 is not a multiple of heads=2"),
+        ("sweep --heads 2 --value-heads 3", "--value-heads 3 is not a multiple of --heads 2: use 2, 4, 6, ..."),
         ("sweep --seed -1", "--seed '-1' is not a whole number of at least 0"),
         ("sweep --time-limit 0", "--time-limit '0' is not a number of seconds above 0"),
         ("sweep --preset fast", "--preset 'fast' is unknown: choose from ci"),
@@ -51,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sweep --provider ,", "--provider ',' names nothing"),
         ("sweep --dtype fp8", "--dtype 'fp8' is unknown: choose from float32, float16, bfloat16"),
         ("sweep --mode fwd", "--mode 'fwd' is unknown"),
-        ("sweep --regime graph --device cpu", "needs a GPU"),
+        ("sweep --regime graph --device cpu", "--regime graph needs a GPU, and the device is cpu: use --regime eager"),
         ("sweep --gates beta=0,beta=1", "--gates 'beta=0,beta=1': a sweep has one gate profile"),
         ("sweep --device tpu", "--device 'tpu' is unknown: choose cpu, cuda, cuda:N or auto"),
         ("sweep --device cuda:99", "--device 'cuda:99': PyTorch sees"),
@@ -95,7 +97,17 @@ def test_help_and_report_load_no_torch(code: str, run: Path) -> None:
 
 
 def test_dry_run_prints_every_point_and_runs_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    arguments = ["sweep", "--device", "cpu", "--provider", "mdn", "--seq-len", "64:256:x2", "--chunk-size", "16,32"]
+    arguments = [
+        "sweep",
+        "--device",
+        "cpu",
+        "--provider",
+        "mdn-torch",
+        "--seq-len",
+        "64:256:x2",
+        "--chunk-size",
+        "16,32",
+    ]
     arguments += ["--head-dim", "32", "--v-head-dim", "64", "--mode", "forward", "--gates", "layer", "--dry-run"]
     assert main(arguments) == 0
     *points, last = capsys.readouterr().out.splitlines()
@@ -107,6 +119,24 @@ def test_dry_run_prints_every_point_and_runs_nothing(capsys: pytest.CaptureFixtu
     rows = json.loads(capsys.readouterr().out)
     assert [(row["seq_len"], row["chunk_size"]) for row in rows] == [(t, c) for t in (64, 128, 256) for c in (16, 32)]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a GPU does")
+def test_a_gpu_preset_is_planned_without_a_gpu_and_not_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["sweep", "--preset", "paper-400m", "--provider", "gdn-torch"]
+    assert main([*arguments, "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert "gdn-torch forward graph B8 T512 H6 K128 V256 C64 bfloat16 cuda" in printed.out.splitlines()
+    assert printed.err.startswith("mdnbench: warning: this is a plan for another machine: --device 'cuda': ")
+    assert printed.err.count("\n") == 1
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("mdnbench: --device 'cuda': PyTorch sees no GPU here")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mdnbench {metadata.version('mdnbench')}\n"
 
 
 def test_options_go_before_the_preset_and_v_follows_k(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,19 +191,28 @@ def test_resuming_needs_the_folder_alone_and_measures_what_is_missing(
     folder.mkdir()
     lines = (run / "results.jsonl").read_text().splitlines(keepends=True)
     (folder / "results.jsonl").write_text("".join(lines[:-2]) + lines[-2][:40])  # as a kill may leave it
-    for name in ("sweep.json", "environment.json"):
-        (folder / name).write_text((run / name).read_text())
+    (folder / "sweep.json").write_text((run / "sweep.json").read_text())
+    environment = json.loads((run / "environment.json").read_text()) | {"git_commit": "0123456789abcdef"}
+    (folder / "environment.json").write_text(json.dumps(environment))
     assert main(["sweep", "--resume", "--out", str(folder), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    warnings = [line for line in printed.err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert f"rows of two states of the code will share {folder}: commit 0123456" in warnings[0]
+    assert json.loads((folder / "environment.json").read_text()) == environment  # that of the first rows stays
+    rows = json.loads(printed.out)
     assert sorted(row["status"] for row in rows) == ["ok", "ok", "unsupported", "unsupported"]
     now = (folder / "results.jsonl").read_text().splitlines(keepends=True)
     assert now[:2] == lines[:2]
     assert len(now) == 4
+    (folder / "environment.json").write_text("{")
+    assert main(["sweep", "--resume", "--out", str(folder)]) == 2
+    assert capsys.readouterr().err.endswith("environment.json is damaged: remove it to go on without\n")
 
 
 def test_ctrl_c_keeps_what_was_measured_and_says_how_to_resume(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; from mdnbench.bench.cli import main; sys.exit(main())", "sweep"]
-    command += ["--device", "cpu", "--provider", "gdn,mamba2", "--out", "stopped", "--time-limit", "0.05"]
+    command += ["--device", "cpu", "--provider", "gdn-torch,mamba2-torch", "--out", "stopped", "--time-limit", "0.05"]
     results = tmp_path / "stopped" / "results.jsonl"
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
@@ -211,6 +250,13 @@ def test_reports_are_made_again_from_one_run_or_several(
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("-report")
     assert sorted(path.name for path in folder.iterdir()) == sorted(REPORTS)
+    # As runs/* gives them: the report between the runs is passed over.
+    assert main(["report", str(run), str(folder), str(second), "--out", str(again), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert [row["run"] for row in json.loads(printed.out)] == ["tiny"] * 4 + ["second"] * 4
+    assert printed.err == f"mdnbench: warning: {folder} is passed over: it holds a report and no results\n"
+    assert main(["report", str(folder)]) == 2
+    assert "has no results.jsonl: give a run folder" in capsys.readouterr().err
 
 
 def test_report_refuses_a_folder_it_cannot_write_to(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,6 +103,24 @@ def test_identity_changes_with_what_changes_times(here: environment.Environment)
     assert environment.identity(gpu) != environment.identity(gpu | {"gpu": {"driver": "580.2"}})
 
 
+@pytest.mark.parametrize(
+    ("commit", "dirty", "words"),
+    [
+        ("a" * 40, False, None),
+        ("a" * 40, True, "commit aaaaaaa before, commit aaaaaaa with changes now"),
+        ("b" * 40, False, "commit aaaaaaa before, commit bbbbbbb now"),
+        (None, None, "commit aaaaaaa before, no git commit now"),
+    ],
+)
+def test_another_state_of_the_code_is_put_into_words(
+    here: environment.Environment, tmp_path: Path, commit: str | None, dirty: bool | None, words: str | None
+) -> None:
+    now = here | {"git_commit": commit, "git_dirty": dirty}
+    assert environment.code_difference(now, tmp_path) is None  # nothing is kept there
+    environment.write(here | {"git_commit": "a" * 40, "git_dirty": False}, tmp_path)
+    assert environment.code_difference(now, tmp_path) == words
+
+
 def test_packages_that_register_providers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     info = tmp_path / "peer_kernels-1.5.dist-info"
     info.mkdir()

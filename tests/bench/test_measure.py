@@ -48,6 +48,19 @@ def test_a_block_ends_at_its_largest_number_of_samples() -> None:
     assert len(measure.take_block(measure.time_on_cpu, lambda: None, 60.0, 17)) == 17
 
 
+def test_calls_go_on_until_one_is_of_the_order_of_the_one_before() -> None:
+    def calls_after_a_first_one_of(first_call_s: float, *seconds: float) -> int:
+        remaining = list(seconds)
+        measure.call_until_settled(lambda: time.sleep(remaining.pop(0)), first_call_s, lambda: None)
+        return len(seconds) - len(remaining)
+
+    assert calls_after_a_first_one_of(0.02, 0.02, 0.02) == 1
+    assert calls_after_a_first_one_of(100.0, 0.02, 0.02, 0.02) == 2  # compiled at the first call
+    assert calls_after_a_first_one_of(100.0, 0.2, 0.02, 0.02, 0.02) == 3  # and something more at the second
+    assert calls_after_a_first_one_of(0.001, 0.2, 0.02, 0.02) == 1  # a slower call is no sign of compilation
+    assert calls_after_a_first_one_of(100.0, *(10**-i for i in range(1, 20))) <= measure.MAX_SETTLING_CALLS
+
+
 def test_modes_time_what_they_name() -> None:
     counts = {"forward": 0, "backward": 0}
 
@@ -233,3 +246,10 @@ def test_tolerances_are_wider_for_gates_only() -> None:
     assert correctness.tolerance("float32", "dv") == 1e-3
     assert correctness.tolerance("float32", "dlog_mu") == 2e-3
     assert correctness.tolerance("bfloat16", "dq") == 2e-2
+
+
+@pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+def test_what_is_no_tensor_is_named_with_its_provider(mode: str) -> None:
+    with pytest.raises(TypeError, match=r"^toy-tuple returned a tuple where the output tensor is due: what build"):
+        correctness.check(providers()["toy-tuple"], WORKLOAD, mode, 0, CPU)

@@ -55,6 +55,12 @@ def test_gpu_presets_need_a_gpu_and_hold_a_short_length(name: str) -> None:
         spec_of(name)
 
 
+@pytest.mark.parametrize("name", GPU_PRESETS)
+def test_gpu_presets_are_planned_without_a_gpu(name: str) -> None:
+    values = {"name": name, "providers": ALL} | load_preset(name)
+    assert make_spec(values, 0, planning=True) == make_spec(values, 1)
+
+
 def test_smoke_covers_five_operators_three_lengths_two_dims_two_chunk_sizes_on_any_machine() -> None:
     spec = spec_of("smoke")
     assert (spec.device, spec.dtypes, spec.regimes) == ("cpu", ("float32",), ("eager",))
@@ -87,6 +93,7 @@ def test_devices() -> None:
     assert resolve_device("cuda:1", 2) == "cuda:1"
     with pytest.raises(ValueError, match=r"^--device 'cuda:2': PyTorch sees 2 GPUs, numbered from 0"):
         resolve_device("cuda:2", 2)
+    assert resolve_device("cuda:2", 2, planning=True) == "cuda:2"
     with pytest.raises(ValueError, match=r"^--device 'tpu' is unknown: choose cpu, cuda, cuda:N or auto"):
         resolve_device("tpu", 0)
 

@@ -20,6 +20,7 @@ RECORD = Record(
     seed=3,
     time="2026-01-02T03:04:05.678+00:00",
     samples_ms=(1.25, 1.5),
+    notes=("a refusal was lifted",),
     latency_ms=1.375,
     tokens_per_s=512 / 1.375e-3,
     first_call_s=0.5,
@@ -47,6 +48,7 @@ def test_row_is_flat_and_names_the_whole_point(tmp_path) -> None:
     assert (row["provider"], row["operator"], row["mode"], row["regime"]) == ("gdn-torch", "gdn", "forward", "eager")
     assert row["workload"] == POINT.workload.to_dict()
     assert row["samples_ms"] == [1.25, 1.5]
+    assert row["notes"] == ["a refusal was lifted"]
     assert row["saved_memory_bytes"] is None
     assert "point" not in row
 

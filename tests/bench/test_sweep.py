@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mdnbench.bench import sweep as sweep_module
+from mdnbench.bench import worker as worker_module
 from mdnbench.bench.requests import Failure, PointFailed, Prepared
 from mdnbench.bench.results import read_records
 from mdnbench.bench.sweep import MAX_SAMPLES, SweepSpec, estimate_seconds, plan, run_sweep
@@ -30,10 +30,12 @@ class ScriptedWorker:
 
     def __init__(self, *args) -> None:
         self.alive = True
+        self.prepared = set()
         self.log.append(("start",))
 
     def prepare(self, request, limit_s):
         self.log.append(("prepare", request.point.provider, request.full))
+        self.prepared.add(request.point)
         return Prepared(relative_error={"o": 0.0}, checked_seq_len=request.point.workload.seq_len)
 
     def block(self, request, limit_s):
@@ -53,7 +55,7 @@ class ScriptedWorker:
 
 @pytest.fixture
 def scripted(monkeypatch):
-    monkeypatch.setattr(sweep_module, "Worker", ScriptedWorker)
+    monkeypatch.setattr(worker_module, "Worker", ScriptedWorker)
     monkeypatch.setattr(ScriptedWorker, "log", [])
     monkeypatch.setattr(ScriptedWorker, "blocks", {})
     return ScriptedWorker
@@ -107,7 +109,16 @@ def test_samples_are_taken_in_turn_until_each_is_precise(scripted, tmp_path) -> 
     assert second.tokens_per_s == 64_000
 
 
-def test_sampling_stops_at_the_time_limit_with_at_least_three_samples(scripted, tmp_path) -> None:
+def test_sampling_goes_on_after_the_time_limit_until_there_is_an_interval(scripted, tmp_path) -> None:
+    calls_ms = [1e-8 * i for i in range(1, 9)]  # far below the limit, which the time around the first block exceeds
+    scripted.blocks |= {"gdn-torch": [[call_ms] for call_ms in calls_ms]}
+    run_sweep(replace(ONE_WORKLOAD, providers=("gdn-torch",), time_limit_s=1e-9), tmp_path / "run")
+    (record,) = read_records(tmp_path / "run")
+    assert record.samples_ms == tuple(calls_ms[:6])
+    assert (record.latency_low_ms, record.latency_high_ms) == (calls_ms[0], calls_ms[5])
+
+
+def test_calls_longer_than_the_time_limit_are_sampled_three_times(scripted, tmp_path) -> None:
     scripted.blocks |= {"gdn-torch": [[1.0], [2.0], [3.0], [4.0]]}
     run_sweep(replace(ONE_WORKLOAD, providers=("gdn-torch",), time_limit_s=1e-9), tmp_path / "run")
     (record,) = read_records(tmp_path / "run")
@@ -159,13 +170,13 @@ def test_resume_measures_what_is_missing_and_retries_what_failed(scripted, tmp_p
     assert statuses == ["timeout", "ok", "incorrect"]
 
     scripted.log.clear()
-    scripted.blocks |= {"gdn-torch": [STEADY] * 4}
+    scripted.blocks |= {"gdn-torch": [STEADY] * 6}
     summary = run_sweep(replace(spec, setup_limit_s=999.0), tmp_path / "run", resume=True)
-    assert (summary.kept, summary.measured, summary.statuses) == (2, 2, {"ok": 3, "incorrect": 1})
+    assert (summary.kept, summary.measured, summary.statuses) == (1, 3, {"ok": 4})
     after = (tmp_path / "run" / "results.jsonl").read_bytes()
     assert after.startswith(before)
-    assert after.count(b"\n") == 5
-    assert [record.status for record in read_records(tmp_path / "run")] == ["ok", "ok", "incorrect", "ok"]
+    assert after.count(b"\n") == 6  # the rows of what failed stay; the last row of a point counts
+    assert [record.status for record in read_records(tmp_path / "run")] == ["ok"] * 4
 
     scripted.log.clear()
     assert run_sweep(spec, tmp_path / "run", resume=True).measured == 0

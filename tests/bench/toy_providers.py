@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import os
 import sys
 import time
 
@@ -156,6 +157,16 @@ class WrongDtype(Provider):
         return lambda: toy(inputs).double()
 
 
+class ReturnsTuple(Provider):
+    """Hands back a final state as well, as the functions of many packages do."""
+
+    name = "toy-tuple"
+    operator = TOY
+
+    def build(self, workload, inputs):
+        return lambda: (toy(inputs), None)
+
+
 class WrongGradient(Provider):
     """The output is right, and so is the gradient of v; that of log_alpha is off by 1 %."""
 
@@ -241,3 +252,43 @@ class Uncapturable(Provider):
 class SaysUncapturable(Uncapturable):
     name = "toy-says-uncapturable"
     cuda_graph = False
+
+
+class TellsProcess(Good):
+    """Notes which process it was built in."""
+
+    name = "toy-tells-process"
+    built_in = None
+
+    def build(self, workload, inputs):
+        self.built_in = os.getpid()
+        return super().build(workload, inputs)
+
+    def notes(self, workload, mode):
+        return (f"built in {self.built_in}",)
+
+
+class TellsProcessToo(TellsProcess):
+    name = "toy-tells-process-too"
+
+
+class Alone(TellsProcess):
+    name = "toy-alone"
+    shares_process = False
+
+
+class AloneToo(TellsProcess):
+    name = "toy-alone-too"
+    shares_process = False
+
+
+class WrongAndKnown(Good):
+    """Wrong, for a reason that is known."""
+
+    name = "toy-wrong-and-known"
+
+    def build(self, workload, inputs):
+        return lambda: toy(inputs) * 1.5
+
+    def notes(self, workload, mode):
+        return ("its refusal was lifted (https://example.org/issues/1)",)

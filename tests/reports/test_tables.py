@@ -152,6 +152,22 @@ def test_frame_has_a_row_a_record_and_leaves_absent_values_empty(make_run: MakeR
     )  # whole numbers stay whole
 
 
+def test_what_providers_note_stands_below_the_tables_once(make_run: MakeRun) -> None:
+    run = make_run(providers=("gdn-torch", "mdn-torch"))
+    note = ("a refusal was lifted (https://example.org/issues/1)",)
+    records = [replace(r, notes=note) if r.point.provider == "gdn-torch" else r for r in run.records]
+    noted = replace(run, records=records)
+    line = "Note on gdn-torch: a refusal was lifted (https://example.org/issues/1)."
+    assert render.markdown([noted]).splitlines().count(line) == 1
+    console = Console(file=io.StringIO(), width=200)
+    render.show(console, [noted])
+    assert console.file.getvalue().count(line) == 1
+    assert "Note on" not in render.markdown([run])
+    frame = tables.to_frame([noted])
+    assert set(frame[frame.provider == "gdn-torch"].notes) == set(note)
+    assert frame[frame.provider == "mdn-torch"].notes.isna().all()
+
+
 def test_a_run_is_read_back_from_its_folder(make_run: MakeRun, tmp_path) -> None:
     run = make_run(seq_lens=(128,))
     folder = tmp_path / "first"
