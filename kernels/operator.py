@@ -7,6 +7,7 @@ Beyond those: float32 and float64, `cu_seqlens`, value heads in groups, chunk si
 from __future__ import annotations
 
 import math
+import weakref
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -63,7 +64,8 @@ def chunk_momentum_delta_rule(
         output_final_state: whether to return S and M after the last token.
         cu_seqlens: [N + 1] int32 or int64, on q's device or on the CPU: sequence n is tokens cu_seqlens[n] up to
             cu_seqlens[n + 1] of the one row of a batch of B = 1. From 0 to T; sequences may be empty. Its values are
-            needed on the host, so one on a GPU costs a synchronisation.
+            checked on the host when a tensor is seen first, which synchronises with a GPU; not under torch.compile
+            and CUDA-graph capture.
         use_qk_l2norm_in_kernel: whether q, k and p are divided by their L2 norms first: x / sqrt(sum x^2 + 1e-6).
         use_p_times_alpha: whether p_t is multiplied by alpha_t, so that the prediction is made with the decayed state.
         chunk_size: tokens a chunk: 16, 32, 64 or 128. Changes speed and memory, not the result beyond rounding.
@@ -81,6 +83,10 @@ def chunk_momentum_delta_rule(
     )  # fmt: skip
     if chunk_size not in CHUNK_SIZES:
         raise ValueError(f"chunk_size={chunk_size!r} is not offered: use {_listed(CHUNK_SIZES)}")
+    if q.is_cuda and q.dtype != torch.float64:
+        from .forward import chunk_triton  # here, so that Triton is needed on GPUs alone
+
+        return chunk_triton(*arguments.values(), chunk_size)
     return chunk_mdn(**arguments, chunk_size=chunk_size)
 
 
@@ -99,26 +105,55 @@ def fused_recurrent_momentum_delta_rule(
     cu_seqlens: Tensor | None = None,
     use_qk_l2norm_in_kernel: bool = True,
     use_p_times_alpha: bool = True,
+    *,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Momentum DeltaNet (MDN) token by token, for decoding and short sequences.
 
-    Arguments, results and errors are those of `chunk_momentum_delta_rule`, without `chunk_size`. Computes in float32
-    (float64 for float64 inputs). A backward pass keeps the states of every token: use the chunk form for training.
+    Arguments, results and errors are those of `chunk_momentum_delta_rule`, without `chunk_size` and with `inplace`.
+    Computes in float32 (float64 for float64 inputs). A backward pass keeps the states of every token: use the chunk
+    form for training.
+
+    Args:
+        inplace: whether the final state overwrites `initial_state`, which is then the state returned. It must be
+            contiguous and float32 (float64 for float64 inputs), `output_final_state` True, and no gradient recorded.
     """
     arguments = _checked(
         q, k, v, log_alpha, log_mu, p, beta, eta, scale, initial_state, output_final_state, cu_seqlens,
         use_qk_l2norm_in_kernel, use_p_times_alpha,
     )  # fmt: skip
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if inplace:
+        _check_inplace(arguments, compute_dtype)
+    if q.is_cuda and compute_dtype == torch.float32:
+        from .recurrent import recurrent_triton  # here, so that Triton is needed on GPUs alone
+
+        return recurrent_triton(*arguments.values(), inplace=inplace)
     o, final_state = recurrent_mdn(**arguments, compute_dtype=compute_dtype)
+    if inplace:
+        final_state = initial_state.copy_(final_state)
     return o.to(q.dtype), final_state
+
+
+def _check_inplace(arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    state = arguments["initial_state"]
+    if state is None:
+        raise ValueError("initial_state is None: pass the state that inplace=True is to overwrite")
+    if state.dtype != dtype:
+        raise ValueError(f"initial_state has dtype {state.dtype}: convert it to {dtype}, which inplace=True writes")
+    if not state.is_contiguous():
+        raise ValueError(f"initial_state has strides {list(state.stride())}: inplace=True needs a contiguous one")
+    if not arguments["output_final_state"]:
+        raise ValueError("output_final_state is False: set it to True for inplace=True, which writes that state")
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values()):
+        raise ValueError("inplace=True overwrites what a backward pass needs: call under torch.no_grad()")
 
 
 def _checked(
     q, k, v, log_alpha, log_mu, p, beta, eta, scale, initial_state, output_final_state, cu_seqlens,
     use_qk_l2norm_in_kernel, use_p_times_alpha,
 ) -> dict[str, Any]:  # fmt: skip
-    """The arguments by name, checked, with cu_seqlens as a list. Reads no values of tensors but those of cu_seqlens."""
+    """The arguments by name, in order, checked; cu_seqlens on q's device."""
     _check_tensor("q", q, None)
     if q.ndim != 4 or 0 in q.shape:
         raise ValueError(f"q has shape {_shape(q)}: it must be [B, T, H, K], each at least 1")
@@ -137,9 +172,11 @@ def _checked(
             _check_tensor(name, gate, q, (B, T, HV), "[B, T, HV]")
     if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
         raise ValueError(f"scale={scale!r} must be a finite number, or None for K ** -0.5")
-    bounds = None if cu_seqlens is None else _checked_bounds(cu_seqlens, q)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, q)
+        cu_seqlens = cu_seqlens.to(q.device)
     if initial_state is not None:
-        sequences = B if bounds is None else len(bounds) - 1
+        sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
         _check_tensor("initial_state", initial_state, q, (2, sequences, HV, K, V), "[2, N, HV, K, V]")
     return {
         "q": q,
@@ -153,7 +190,7 @@ def _checked(
         "scale": scale,
         "initial_state": initial_state,
         "output_final_state": output_final_state,
-        "cu_seqlens": bounds,
+        "cu_seqlens": cu_seqlens,
         "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
         "use_p_times_alpha": use_p_times_alpha,
     }
@@ -178,7 +215,7 @@ def _check_tensor(
         raise ValueError(f"{name} has shape {_shape(x)}: it must be {list(shape)} ({meaning})")
 
 
-def _checked_bounds(cu_seqlens: Any, q: Tensor) -> list[int]:
+def _check_cu_seqlens(cu_seqlens: Any, q: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}: pass a torch.Tensor of int32 or int64")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -190,6 +227,20 @@ def _checked_bounds(cu_seqlens: Any, q: Tensor) -> list[int]:
     batch, seq_len = q.shape[:2]
     if batch != 1:
         raise ValueError(f"q has batch size {batch} beside cu_seqlens: pack the sequences into a batch of 1")
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # values cannot be read here
+    _check_bounds(cu_seqlens, seq_len)
+
+
+_bounds_seen: tuple[weakref.ref[Tensor], int, int] | None = None  # the last cu_seqlens, its version, its tokens
+
+
+def _check_bounds(cu_seqlens: Tensor, seq_len: int) -> None:
+    """Check the values once: reading them synchronises with a GPU, and the layers of a model pass the same tensor."""
+    global _bounds_seen
+    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
+    if _bounds_seen and _bounds_seen[0]() is cu_seqlens and _bounds_seen[1:] == (version, seq_len) and version >= 0:
+        return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens starts at {bounds[0]}: it must start at 0")
@@ -198,7 +249,7 @@ def _checked_bounds(cu_seqlens: Any, q: Tensor) -> list[int]:
     for begin, end in pairwise(bounds):
         if end < begin:
             raise ValueError(f"cu_seqlens goes from {begin} down to {end}: it must not decrease")
-    return bounds
+    _bounds_seen = (weakref.ref(cu_seqlens), version, seq_len)
 
 
 def _shape(x: Tensor) -> list[int]:

@@ -9,7 +9,7 @@ from mdnbench.kernels import chunk_momentum_delta_rule, fused_recurrent_momentum
 from mdnbench.kernels.reference import recurrent_mdn
 
 FUNCTIONS = [chunk_momentum_delta_rule, fused_recurrent_momentum_delta_rule]
-# Of fla-core 0.6.0: (name, default) in order; the chunk form takes chunk_size=64 as well.
+# Of fla-core 0.6.0: (name, default) in order; the chunk form takes chunk_size=64 as well, the recurrence our inplace.
 SIGNATURE = [
     *((name, inspect.Parameter.empty) for name in ("q", "k", "v", "log_alpha", "log_mu")),
     *((name, None) for name in ("p", "beta", "eta", "scale", "initial_state")),
@@ -24,7 +24,7 @@ def test_signatures_are_those_of_fla():
     chunk, recurrent = (
         [(x.name, x.default) for x in inspect.signature(function).parameters.values()] for function in FUNCTIONS
     )
-    assert recurrent == SIGNATURE
+    assert recurrent == [*SIGNATURE, ("inplace", False)]
     assert chunk == [*SIGNATURE, ("chunk_size", 64)]
 
 

@@ -1,0 +1,93 @@
+"""Which configuration of the chunk kernels runs a given shape: a short table, chosen by hand from measurements.
+
+Every entry ran on an H200 with the ptxas that Triton 3.6.0 bundles (12.8.93), which miscompiles some others, and
+matched the float64 recurrence there. Where a GPU's shared memory cannot hold the stages, fewer are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+# Left free: Triton keeps barriers and the exchange of register layouts there too.
+SHARED_MEMORY_MARGIN = 4096
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """How the chunk kernels are launched.
+
+    Attributes:
+        block_v: value columns a program of the scan, a power of two from 16.
+        scan_warps, scan_stages: warps a program and chunks in flight of the scan.
+        prepare_warps: warps a program of the prepare kernel.
+        prepare_max_registers: registers a thread of it may use, None for no limit; a limit trades spills for occupancy.
+    """
+
+    block_v: int
+    scan_warps: int
+    scan_stages: int
+    prepare_warps: int = 4
+    prepare_max_registers: int | None = None
+
+
+def block_size(n: int) -> int:
+    """The tile size that covers n: the next power of two, at least 16."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def scan_shared_memory(config: KernelConfig, block_k: int, chunk_size: int, element_bytes: int, free_p: bool) -> int:
+    """Upper estimate in bytes of the shared memory of the scan, against what Triton 3.6 allocates (tests/kernels)."""
+    C = chunk_size
+    state = 2 * config.block_v * block_k * element_bytes if config.scan_warps == 8 and config.block_v <= 32 else 0
+    if element_bytes == 4:  # operands of one product at a time, each as two TF32 halves
+        return 2 * C * max(block_k, C) * element_bytes + 2 * state + SHARED_MEMORY_MARGIN
+    tiles = (3 if free_p else 2) * block_k + 2 * C + (config.block_v if config.scan_stages > 1 else 0)
+    coefficients = 6 * 4 if config.scan_stages > 1 else 0
+    return config.scan_stages * C * (tiles * element_bytes + coefficients) + state + SHARED_MEMORY_MARGIN
+
+
+def choose_config(
+    head_dim_k: int,
+    head_dim_v: int,
+    chunk_size: int,
+    element_bytes: int,
+    heads: int,
+    free_p: bool,
+    shared_memory_bytes: int,
+    multiprocessors: int,
+) -> KernelConfig:
+    """The configuration for a shape.
+
+    Args:
+        head_dim_k, head_dim_v, chunk_size: of the operator.
+        element_bytes: 2 or 4, of q, k, v.
+        heads: value heads of all sequences together.
+        free_p: whether p is given.
+        shared_memory_bytes: what a program may use on this GPU.
+        multiprocessors: of this GPU.
+
+    Raises:
+        ValueError: when no configuration fits the GPU's shared memory, naming chunk_size.
+    """
+    block_k, block_v = block_size(head_dim_k), min(64, block_size(head_dim_v))
+    prepare_warps = 4 if chunk_size <= 64 else 8
+    max_registers = 168 if chunk_size == 64 and element_bytes == 2 else None
+    if element_bytes == 4:
+        config = KernelConfig(min(block_v, 32), 4, 1)
+    elif chunk_size == 128:
+        config = KernelConfig(min(block_v, 32), 8, 1)
+    elif block_k > 128:
+        config = KernelConfig(min(block_v, 32), 8, 2)
+    elif block_v < 64 or 2 * heads * -(-head_dim_v // 64) < multiprocessors:  # smaller tiles fill more of the GPU
+        config = KernelConfig(min(block_v, 32), 4, 2)
+    else:
+        config = KernelConfig(64, 8, 3 if block_k > 64 else 2)
+    config = replace(config, prepare_warps=prepare_warps, prepare_max_registers=max_registers)
+    while scan_shared_memory(config, block_k, chunk_size, element_bytes, free_p) > shared_memory_bytes:
+        if config.scan_stages == 1:
+            raise ValueError(
+                f"chunk_size={chunk_size} with K={head_dim_k} and {element_bytes} bytes an element needs more shared "
+                f"memory than the {shared_memory_bytes} bytes of this GPU: use a smaller chunk_size"
+            )
+        config = replace(config, scan_stages=config.scan_stages - 1)
+    return config
