@@ -5,6 +5,7 @@ One provider for each backend of `torch.nn.functional.scaled_dot_product_attenti
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -46,12 +47,20 @@ def softmax_attention_truth(workload: Workload, inputs: Inputs) -> Tensor:
     return torch.cat(blocks, -2).transpose(1, 2)
 
 
+def _forward_flops(workload: Workload) -> int:
+    """Q K^T and P V for each value head, of which causality leaves T (T + 1) / 2 pairs of tokens a sequence."""
+    w = workload
+    pairs = w.batch * w.value_heads * w.seq_len * (w.seq_len + 1) // 2
+    return pairs * 2 * (w.head_dim_k + w.head_dim_v)
+
+
 OPERATOR = Operator(
     name="attention",
     title="Softmax attention",
     gates=(),
     select=_select,
     truth=softmax_attention_truth,
+    forward_flops=_forward_flops,
 )
 
 
@@ -62,10 +71,7 @@ class _Sdpa(Provider):
     backend: ClassVar[SDPBackend]
 
     def _supports(self, workload: Workload, mode: str) -> str | None:
-        if workload.value_heads != workload.heads:
-            heads = f"heads={workload.heads}, value_heads={workload.value_heads}"
-            return f"needs as many value heads as query heads, not {heads}"
-        return self._supports_head_dims(workload) or self._asked_of_torch(workload, mode)
+        return _ungrouped(workload) or self._supports_head_dims(workload) or self._asked_of_torch(workload, mode)
 
     def _supports_head_dims(self, workload: Workload) -> str | None:
         """Conditions of the backend on the head dimensions."""
@@ -151,6 +157,85 @@ class SdpaMath(_Sdpa):
 
     name = "attention-sdpa-math"
     backend = SDPBackend.MATH
+
+
+class _FlashAttention(Provider):
+    """A release of FlashAttention, `flash_attn_func(q, k, v, causal=True)`; all of it is timed.
+
+    The packages share keys and values among query heads. A workload shares queries and keys among value heads, so there
+    is nothing to group here.
+    """
+
+    operator = OPERATOR
+    devices = ("cuda",)
+    dtypes = ("float16", "bfloat16")
+
+    def _supports(self, workload: Workload, mode: str) -> str | None:
+        reason = _ungrouped(workload) or _at_most_256(workload) or _in_multiples_of(8, workload)
+        return reason or self._supports_head_dims(workload, mode)
+
+    def _supports_head_dims(self, workload: Workload, mode: str) -> str | None:
+        """Further conditions on the head dimensions."""
+        return None
+
+    def build(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+        """See `Provider.build`."""
+        flash_attn_func = importlib.import_module(self.package).flash_attn_func
+        q, k, v = (inputs[name] for name in "qkv")
+
+        def run() -> Tensor:
+            found = flash_attn_func(q, k, v, causal=True)
+            return found[0] if isinstance(found, tuple) else found  # some releases return the logsumexp too
+
+        return run
+
+
+class FlashAttention2(_FlashAttention):
+    """FlashAttention-2, by CUTLASS, from Ampere on."""
+
+    name = "attention-flash2"
+    package = "flash_attn.flash_attn_interface"
+    install = "pip install --no-build-isolation flash-attn"
+
+    def _supports_head_dims(self, workload: Workload, mode: str) -> str | None:
+        k, v = workload.head_dim_k, workload.head_dim_v
+        return None if k == v else f"needs head_dim_v equal to head_dim_k, not {v} beside {k}"
+
+
+class FlashAttention3(_FlashAttention):
+    """FlashAttention-3, by CUTLASS, for Hopper."""
+
+    name = "attention-flash3"
+    package = "flash_attn_interface"
+    install = "pip install --no-build-isolation ./hopper, in a clone of https://github.com/Dao-AILab/flash-attention"
+
+    def _supports_head_dims(self, workload: Workload, mode: str) -> str | None:
+        k, v = workload.head_dim_k, workload.head_dim_v
+        if k == v or k <= 64 or (128 < k <= 192 and 96 < v <= 128):
+            return None
+        return f"takes V other than K up to K 64, or above K 128 up to 192 with V above 96 up to 128, not K {k} V {v}"
+
+
+class FlashAttention4(_FlashAttention):
+    """FlashAttention-4, by the CuTe DSL, for Hopper and Blackwell; compiled at the first call."""
+
+    name = "attention-flash4"
+    package = "flash_attn.cute"
+    install = "pip install --pre flash-attn-4"
+
+    def _supports_head_dims(self, workload: Workload, mode: str) -> str | None:
+        k, v = workload.head_dim_k, workload.head_dim_v
+        is_blackwell = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
+        if is_blackwell and max(k, v) > 128 and (k, v) not in ((192, 128), (256, 256)):
+            return f"takes K and V up to 128, K 192 V 128, or K 256 V 256 on Blackwell, not K {k} V {v}"
+        return None
+
+
+def _ungrouped(workload: Workload) -> str | None:
+    if workload.value_heads == workload.heads:
+        return None
+    heads = f"heads={workload.heads}, value_heads={workload.value_heads}"
+    return f"needs as many value heads as query heads, not {heads}"
 
 
 def _at_most_256(workload: Workload) -> str | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .packages import FLA_INSTALL, import_from_fla
 from .provider import Inputs, Operator, Provider
 from .recurrence import (
     decay_from_start,
@@ -71,12 +72,27 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, b
     return merge_chunks(o, batch, seq_len, v.dtype)
 
 
+def _forward_flops(workload: Workload) -> int | None:
+    """Products of one chunk of C tokens, in the notation of `chunk_gated_delta_rule`.
+
+    For each query head Q K^T and K K^T; for each value head the reads K S0 and Q S0, the solve with V - diag(a) K S0 on
+    the right, (A * Q K^T) R, and the write K^T R.
+    """
+    w, c = workload, workload.chunk_size
+    if c is None:
+        return None
+    of_query_head = 2 * (2 * c * c * w.head_dim_k)
+    of_value_head = 2 * (2 * c * c * w.head_dim_v) + 3 * (2 * c * w.head_dim_k * w.head_dim_v)
+    return w.chunks * (w.heads * of_query_head + w.value_heads * of_value_head)
+
+
 OPERATOR = Operator(
     name="gdn",
     title="Gated DeltaNet",
     gates=("log_alpha", "beta"),
     select=_select,
     truth=gated_delta_rule_truth,
+    forward_flops=_forward_flops,
 )
 
 
@@ -90,3 +106,74 @@ class GdnTorch(Provider):
     def build(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
         """See `Provider.build`."""
         return lambda: chunk_gated_delta_rule(**inputs, chunk_size=workload.chunk_size)
+
+
+FLA_ISSUE = "https://github.com/fla-org/flash-linear-attention/issues/640"
+
+
+class GdnFla(Provider):
+    """fla-core's Triton kernels, `chunk_gated_delta_rule`.
+
+    Timed: the L2 norms of q and k (a kernel each), the cumulative sum of log_alpha, and the chunk form. beta and
+    log_alpha are passed as they are. Its backward refuses Hopper with Triton 3.4 to 3.7.0, which miscompile it at some
+    block sizes; the refusal is lifted, and the correctness check decides for each workload.
+    """
+
+    name = "gdn-fla"
+    operator = OPERATOR
+    package = "fla.ops.gated_delta_rule"
+    install = FLA_INSTALL
+    devices = ("cuda",)
+    chunk_sizes = (16, 32, 64)
+
+    def _supports(self, workload: Workload, mode: str) -> str | None:
+        if workload.head_dim_k > 256:
+            return f"takes head_dim_k up to 256 only, not {workload.head_dim_k}"
+        return None
+
+    def build(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+        """See `Provider.build`."""
+        run = import_from_fla("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+        if _fla_refuses():
+            import_from_fla("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True  # read by the refusal alone
+        q, k, v, g, beta = (inputs[name] for name in ("q", "k", "v", "log_alpha", "beta"))
+        return lambda: run(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, chunk_size=workload.chunk_size)[0]
+
+    def notes(self, workload: Workload, mode: str) -> tuple[str, ...]:
+        """See `Provider.notes`."""
+        if mode == "forward" or not _fla_refuses():
+            return ()
+        return (f"fla refuses this backward pass on Hopper with Triton 3.4 to 3.7.0 ({FLA_ISSUE}); it was made to run",)
+
+
+def _fla_refuses() -> bool:
+    """Whether fla's backward would raise by itself; to be asked once it is imported."""
+    utils = import_from_fla("fla.utils")
+    return utils.IS_NVIDIA_HOPPER and utils.TRITON_ABOVE_3_4_0 and not utils.TRITON_ABOVE_3_7_1
+
+
+class GdnFlashQla(Provider):
+    """FlashQLA's TileLang kernels, `chunk_gated_delta_rule`, which split one long sequence over the GPU by themselves.
+
+    Timed: the L2 norms of q and k, the cumulative sum of log_alpha, and the chunk form, with chunks of 64.
+    """
+
+    name = "gdn-flashqla"
+    operator = OPERATOR
+    package = "flash_qla"
+    install = "pip install flash-qla"
+    devices = ("cuda",)
+    dtypes = ("float16", "bfloat16")
+    head_dims = ((128, 128),)
+
+    def _supports(self, workload: Workload, mode: str) -> str | None:
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10):
+            return f"is meant here for Hopper and data-centre Blackwell, not for {torch.cuda.get_device_name()}"
+        return None
+
+    def build(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+        """See `Provider.build`."""
+        from flash_qla import chunk_gated_delta_rule as run
+
+        q, k, v, g, beta = (inputs[name] for name in ("q", "k", "v", "log_alpha", "beta"))
+        return lambda: run(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0]

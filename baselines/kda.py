@@ -9,10 +9,14 @@ with q and k L2-normalised.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .inputs import make_inputs
+from .packages import FLA_INSTALL, import_from_fla
 from .provider import Inputs, Operator, Provider
 from .recurrence import (
     decay_from_start,
@@ -24,8 +28,9 @@ from .recurrence import (
     run_tokens,
     split_chunks,
 )
-from .workload import Workload
+from .workload import BYTES_PER_ELEMENT, Workload
 
+LOGIT_EPS = 1e-7  # keeps the logits of gates that are 0 or 1 finite
 CHANNEL_SPREAD = (0.5, 1.5)  # channels decay at these multiples of the profile's log_alpha, evenly spaced
 
 
@@ -114,12 +119,29 @@ def chunk_kimi_delta_attention(
     return merge_chunks(o, batch, seq_len, v.dtype)
 
 
+def _forward_flops(workload: Workload) -> int | None:
+    """As `gdn.OPERATOR`, but the decays of channels differ from one value head to the next, and with them the products
+    of q and k."""
+    w, c = workload, workload.chunk_size
+    if c is None:
+        return None
+    products = 2 * (2 * c * c * w.head_dim_k) + 2 * (2 * c * c * w.head_dim_v)
+    return w.chunks * w.value_heads * (products + 3 * (2 * c * w.head_dim_k * w.head_dim_v))
+
+
+def _gate_bytes(workload: Workload) -> int:
+    """log_alpha [B, T, HV, K] and beta [B, T, HV], in float32."""
+    return workload.tokens * workload.value_heads * (workload.head_dim_k + 1) * BYTES_PER_ELEMENT["float32"]
+
+
 OPERATOR = Operator(
     name="kda",
     title="Kimi Delta Attention",
     gates=("log_alpha", "beta"),
     select=_select,
     truth=kimi_delta_attention_truth,
+    forward_flops=_forward_flops,
+    gate_bytes=_gate_bytes,
 )
 
 
@@ -133,3 +155,84 @@ class KdaTorch(Provider):
     def build(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
         """See `Provider.build`."""
         return lambda: chunk_kimi_delta_attention(**inputs, chunk_size=workload.chunk_size)
+
+
+class KdaFla(Provider):
+    """fla-core's Triton kernels, `chunk_kda`.
+
+    Timed: the L2 norms of q and k (a kernel each), the cumulative sum of log_alpha, and the chunk form. log_alpha and
+    beta are passed as they are: the kernels that also compute the gates of the layer are not used.
+    """
+
+    name = "kda-fla"
+    operator = OPERATOR
+    package = "fla.ops.kda"
+    install = FLA_INSTALL
+    devices = ("cuda",)
+    chunk_sizes = (32, 64)
+
+    def _supports(self, workload: Workload, mode: str) -> str | None:
+        if workload.head_dim_k > 256:
+            return f"takes head_dim_k up to 256 only, not {workload.head_dim_k}"
+        return None
+
+    def build(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+        """See `Provider.build`."""
+        run = import_from_fla("fla.ops.kda").chunk_kda
+        q, k, v, g, beta = (inputs[name] for name in ("q", "k", "v", "log_alpha", "beta"))
+        return lambda: run(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, chunk_size=workload.chunk_size)[0]
+
+
+class KdaFlashKda(Provider):
+    """FlashKDA's CUTLASS kernels, forward only.
+
+    They compute the gates of the layer themselves: log_alpha = -5 sigmoid(g + dt_bias) and beta = sigmoid(b), from g
+    and b in bfloat16. The inverse of these is taken once, outside of the timing, with dt_bias the mean of a channel, so
+    that little is lost in bfloat16. Timed: the gates, the L2 norms of q and k, and the chunk form, with chunks of 16.
+    """
+
+    name = "kda-flashkda"
+    operator = OPERATOR
+    package = "flash_kda"
+    install = "pip install --no-build-isolation git+https://github.com/MoonshotAI/FlashKDA"
+    devices = ("cuda",)
+    dtypes = ("bfloat16",)
+    head_dims = ((128, 128),)
+    modes = ("forward",)
+    least_log_alpha: ClassVar[float] = -5.0
+
+    def _supports(self, workload: Workload, mode: str) -> str | None:
+        if workload.value_heads != workload.heads:
+            return f"needs as many value heads as query heads, not {workload.value_heads} for {workload.heads}"
+        if _least_log_alpha(workload.gates) < self.least_log_alpha:
+            return f"takes log_alpha from {self.least_log_alpha:g} to 0 only, and gates={workload.gates!r} has less"
+        return None
+
+    def build(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+        """See `Provider.build`."""
+        import flash_kda
+
+        q, k, v = (inputs[name].detach() for name in "qkv")
+        share = inputs["log_alpha"].detach() / self.least_log_alpha
+        if share.max() > 1:
+            raise ValueError(f"log_alpha has values below {self.least_log_alpha:g}, which FlashKDA cannot express")
+        g, b = (torch.logit(x, LOGIT_EPS) for x in (share, inputs["beta"].detach()))
+        dt_bias = g.mean((0, 1))  # [H, K]
+        g, b = (g - dt_bias).bfloat16(), b.bfloat16()
+        a_log = g.new_zeros(workload.heads, dtype=torch.float32)
+        scale = workload.head_dim_k**-0.5
+
+        def run() -> Tensor:
+            o = torch.empty_like(v)
+            flash_kda.fwd(q, k, v, g, b, scale, o, A_log=a_log, dt_bias=dt_bias, lower_bound=self.least_log_alpha)
+            return o
+
+        return run
+
+
+@cache
+def _least_log_alpha(gates: str) -> float:
+    """The strongest decay of a channel among some tokens of a gate profile."""
+    few = Workload(seq_len=1024, head_dim_k=16, head_dim_v=1, heads=16, gates=gates)
+    inputs, _ = make_inputs(OPERATOR, few, seed=0)
+    return inputs["log_alpha"].min().item()

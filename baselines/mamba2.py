@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .packages import import_beside
 from .provider import Inputs, Operator, Provider
 from .recurrence import decay_from_start, decay_matrix, group_heads, merge_chunks, run_tokens, split_chunks
 from .workload import Workload
@@ -71,12 +72,25 @@ def chunk_state_space(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, ch
     return merge_chunks(y, batch, seq_len, x.dtype)
 
 
+def _forward_flops(workload: Workload) -> int | None:
+    """Products of one chunk of C tokens, in the notation of `chunk_state_space`.
+
+    For each query head C B^T; for each value head the read C h0, the write B^T X and (L * C B^T) X.
+    """
+    w, c = workload, workload.chunk_size
+    if c is None:
+        return None
+    of_value_head = 2 * c * c * w.head_dim_v + 2 * (2 * c * w.head_dim_k * w.head_dim_v)
+    return w.chunks * (w.heads * 2 * c * c * w.head_dim_k + w.value_heads * of_value_head)
+
+
 OPERATOR = Operator(
     name="mamba2",
     title="Mamba-2",
     gates=("log_alpha",),
     select=_select,
     truth=state_space_truth,
+    forward_flops=_forward_flops,
 )
 
 
@@ -90,3 +104,26 @@ class Mamba2Torch(Provider):
     def build(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
         """See `Provider.build`."""
         return lambda: chunk_state_space(**inputs, chunk_size=workload.chunk_size)
+
+
+class Mamba2Ssd(Provider):
+    """mamba-ssm's Triton kernels, `mamba_chunk_scan_combined`.
+
+    The state size is head_dim_k, the head dimension head_dim_v, and each query head is a group of B and C: heads = 1
+    with many value heads is the model's own setting, heads = value_heads the one that equals the other operators' work.
+    Timed: the cumulative sum of dt A and the chunk form. dt is passed as it is, without bias and softplus.
+    """
+
+    name = "mamba2-ssd"
+    operator = OPERATOR
+    package = "mamba_ssm"
+    install = "MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm==2.3.2.post1 einops"
+    devices = ("cuda",)
+    chunk_sizes = (64, 128, 256)
+
+    def build(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+        """See `Provider.build`."""
+        # The top level imports Mamba-1's CUDA extension, which a build without CUDA lacks.
+        ssd = import_beside("mamba_ssm.ops.triton.ssd_combined", "mamba_ssm")
+        x, dt, a, b, c = (inputs[name] for name in ("x", "dt", "A", "B", "C"))
+        return lambda: ssd.mamba_chunk_scan_combined(x, dt, a, b, c, workload.chunk_size)

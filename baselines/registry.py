@@ -13,13 +13,24 @@ OPERATORS: tuple[Operator, ...] = (mdn.OPERATOR, gdn.OPERATOR, kda.OPERATOR, mam
 
 _PROVIDERS: tuple[type[Provider], ...] = (
     mdn.MdnTorch,
+    mdn.MdnTriton,
+    mdn.MdnFla,
+    mdn.MdnAuthors,
     gdn.GdnTorch,
+    gdn.GdnFla,
+    gdn.GdnFlashQla,
     kda.KdaTorch,
+    kda.KdaFla,
+    kda.KdaFlashKda,
     mamba2.Mamba2Torch,
+    mamba2.Mamba2Ssd,
     attention.SdpaFlash,
     attention.SdpaCudnn,
     attention.SdpaEfficient,
     attention.SdpaMath,
+    attention.FlashAttention2,
+    attention.FlashAttention3,
+    attention.FlashAttention4,
 )
 
 

@@ -63,6 +63,11 @@ class Workload:
         """Tokens in all sequences together."""
         return self.batch * self.seq_len
 
+    @property
+    def chunks(self) -> int | None:
+        """Chunks in all sequences together, None without a chunk size; a last one that is not full counts as full."""
+        return None if self.chunk_size is None else self.batch * -(-self.seq_len // self.chunk_size)
+
     def with_(self, **changes: Any) -> Workload:
         """This workload with some fields changed."""
         return replace(self, **changes)

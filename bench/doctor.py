@@ -125,8 +125,8 @@ RULES = (
         "hopper-triton",
         "warning",
         lambda env: _hopper(env) and _between(env["triton"], "3.4", "3.7.1"),
-        "On Hopper, Triton 3.4 to 3.7.0 gives wrong gradients for products with a transposed accumulator; the backward "
-        "of fla-core's gated delta rule therefore refuses to run; gdn-fla makes it run, and the check marks what is wrong.",
+        "On Hopper, Triton 3.4 to 3.7.0 gives wrong gradients for products with a transposed accumulator. The backward "
+        "of fla-core's gated delta rule refuses to run there; gdn-fla makes it run, and its rows say what comes of it.",
         "use Triton 3.7.1 or newer (PyTorch 2.8 to 2.11 pin 3.4 to 3.6)",
     ),
     Rule(

@@ -10,13 +10,24 @@ from mdnbench.baselines.workload import Workload
 
 OURS = [
     "mdn-torch",
+    "mdn-triton",
+    "mdn-fla",
+    "mdn-authors",
     "gdn-torch",
+    "gdn-fla",
+    "gdn-flashqla",
     "kda-torch",
+    "kda-fla",
+    "kda-flashkda",
     "mamba2-torch",
+    "mamba2-ssd",
     "attention-sdpa-flash",
     "attention-sdpa-cudnn",
     "attention-sdpa-efficient",
     "attention-sdpa-math",
+    "attention-flash2",
+    "attention-flash3",
+    "attention-flash4",
 ]
 WORKLOAD = Workload(seq_len=16, head_dim_k=8, head_dim_v=8, heads=1, chunk_size=16)
 

@@ -1,0 +1,35 @@
+"""How the adapters import the packages they wrap. Everything here runs at the earliest when a provider is built."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from types import ModuleType
+
+FLA_INSTALL = "pip install fla-core==0.6.0 flash-linear-attention==0.6.0 einops"
+
+
+def import_from_fla(module: str) -> ModuleType:
+    """A module of fla-core that runs its own kernels.
+
+    fla hands calls over to FlashQLA and FlashKDA where these are installed; they are providers of their own here.
+    """
+    os.environ["FLA_FLASH_QLA"] = os.environ["FLA_FLASH_KDA"] = "0"  # read at every call
+    return importlib.import_module(module)
+
+
+def import_beside(module: str, *packages: str) -> ModuleType:
+    """Import `module` without running the `__init__` of its parent `packages`, outermost first.
+
+    For packages whose top level imports parts that are not installed and not needed: a CUDA extension, or other
+    packages.
+    """
+    for name in packages:
+        if name not in sys.modules:
+            spec = importlib.util.find_spec(name)
+            if spec is None:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            sys.modules[name] = importlib.util.module_from_spec(spec)  # has the path of its modules, and nothing else
+    return importlib.import_module(module)
