@@ -69,19 +69,19 @@ def choose_config(
     Raises:
         ValueError: when no configuration fits the GPU's shared memory, naming chunk_size.
     """
-    block_k, block_v = block_size(head_dim_k), min(64, block_size(head_dim_v))
+    block_k, block_v = block_size(head_dim_k), min(32, block_size(head_dim_v))
     prepare_warps = 4 if chunk_size <= 64 else 8
     max_registers = 168 if chunk_size == 64 and element_bytes == 2 else None
     if element_bytes == 4:
-        config = KernelConfig(min(block_v, 32), 4, 1)
+        config = KernelConfig(block_v, 4, 1)
     elif chunk_size == 128:
-        config = KernelConfig(min(block_v, 32), 8, 1)
+        config = KernelConfig(block_v, 8, 1)
     elif block_k > 128:
-        config = KernelConfig(min(block_v, 32), 8, 2)
-    elif block_v < 64 or 2 * heads * -(-head_dim_v // 64) < multiprocessors:  # smaller tiles fill more of the GPU
-        config = KernelConfig(min(block_v, 32), 4, 2)
+        config = KernelConfig(block_v, 8, 2)
+    elif heads * -(-head_dim_v // 16) <= multiprocessors:  # the smallest tiles: each has a multiprocessor of its own
+        config = KernelConfig(16, 4, 2)
     else:
-        config = KernelConfig(64, 8, 3 if block_k > 64 else 2)
+        config = KernelConfig(block_v, 4, 2)
     config = replace(config, prepare_warps=prepare_warps, prepare_max_registers=max_registers)
     while scan_shared_memory(config, block_k, chunk_size, element_bytes, free_p) > shared_memory_bytes:
         if config.scan_stages == 1:

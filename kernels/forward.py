@@ -17,7 +17,7 @@ from .reference import chunk_mdn
 from .scan import scan_fwd_kernel
 from .slots import count_slots
 
-GATE_HEADS = 16  # value heads a program of the gates kernel: 64 bytes of each token's gates
+GATE_HEADS = 8  # value heads a program of the gates kernel: a 32-byte sector of each token's gates
 INTERPRETER_LIMITS = (232448, 132)  # of an H200: what the interpreter stands in for
 
 
@@ -67,13 +67,16 @@ def chunk_forward(
     if config is None:
         config = choose_config(K, V, C, q.element_size(), N * HV, p is not None, *_limits(q.device))
     q, k, v, log_alpha, log_mu = (x.contiguous() for x in (q, k, v, log_alpha, log_mu))
-    p, beta, eta, initial_state = (None if x is None else x.contiguous() for x in (p, beta, eta, initial_state))
+    p, beta, eta, initial_state, cu_seqlens = (
+        None if x is None else x.contiguous() for x in (p, beta, eta, initial_state, cu_seqlens)
+    )
 
     o = torch.empty(B, T, HV, V, dtype=q.dtype, device=q.device)
     final_state = torch.empty(2, N, HV, K, V, dtype=torch.float32, device=q.device) if output_final_state else None
     inverse = torch.empty(slots, HV, C, C, dtype=q.dtype, device=q.device)
     attention = torch.empty_like(inverse)
     coefficients = torch.empty(slots, HV, N_ROWS.value, C, dtype=torch.float32, device=q.device)
+    low = torch.empty(slots, HV, 2, C, dtype=torch.float32, device=q.device) if q.dtype == torch.float32 else None
 
     if q.dtype == torch.float32:
         precision, solve_dtype = "tf32x3", tl.float32
@@ -85,12 +88,12 @@ def chunk_forward(
     block_h = min(GATE_HEADS, triton.next_power_of_2(HV))
     with on_device_of(q):
         gates_fwd_kernel[(slots, triton.cdiv(HV, block_h))](
-            log_alpha, log_mu, beta, eta, coefficients, cu_seqlens, scale, T, N, NT,
+            log_alpha, log_mu, beta, eta, coefficients, low, cu_seqlens, scale, T, N, NT,
             HV=HV, C=C, BH=block_h, HAS_BETA=beta is not None, HAS_ETA=eta is not None,
             P_TIMES_ALPHA=use_p_times_alpha, VARLEN=varlen, num_warps=1,
         )  # fmt: skip
         prepare_fwd_kernel[(slots * HV,)](
-            q, k, p, inverse, attention, coefficients, cu_seqlens, scale, T, N, NT, **shape,
+            q, k, p, inverse, attention, coefficients, low, cu_seqlens, scale, T, N, NT, **shape,
             P_TIMES_ALPHA=use_p_times_alpha, L2NORM=use_qk_l2norm_in_kernel, SOLVE_DTYPE=solve_dtype,
             num_warps=config.prepare_warps, **options,
         )  # fmt: skip

@@ -8,7 +8,8 @@ For a chunk of C tokens with decays alpha, mu (see README.md for the symbols), w
     w_i = u_C / u_i  (= U_Ci)                               the same for the momentum
 
 b and g are linear recurrences with non-negative coefficients, done as associative scans: nothing cancels. Products of
-decays are taken as exponentials of sums of base-2 logs.
+decays are taken as exponentials of sums of base-2 logs. After strong decays these sums are large and their differences
+small: for float32 inputs they are formed in float64, and handed on as two float32 numbers (the second in `low`).
 """
 
 import triton
@@ -49,6 +50,12 @@ def _affine(decay_1, x_1, decay_2, x_2):
 
 
 @triton.jit
+def _decay(b_log):
+    """A product of decays from its base-2 log."""
+    return tl.exp2(b_log.to(tl.float32))
+
+
+@triton.jit
 def _log2_gate(ptr, offsets, mask):
     """A log gate in base 2 with its floor; 0 (a gate of 1) where masked."""
     return tl.maximum(tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32), LOG_GATE_FLOOR) * LOG2E
@@ -56,7 +63,7 @@ def _log2_gate(ptr, offsets, mask):
 
 @triton.jit(do_not_specialize=["T", "N", "NT"])
 def gates_fwd_kernel(
-    log_alpha_ptr, log_mu_ptr, beta_ptr, eta_ptr, coefficients_ptr, cu_seqlens_ptr,
+    log_alpha_ptr, log_mu_ptr, beta_ptr, eta_ptr, coefficients_ptr, low_ptr, cu_seqlens_ptr,
     scale, T, N, NT,
     HV: tl.constexpr, C: tl.constexpr, BH: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_ETA: tl.constexpr, P_TIMES_ALPHA: tl.constexpr, VARLEN: tl.constexpr,
@@ -64,8 +71,9 @@ def gates_fwd_kernel(
     """One program: all coefficient rows of one chunk for BH value heads.
 
     Gates are [B, T, HV] of any float dtype, contiguous. Tokens after the end of a sequence count as alpha = mu = 1,
-    beta = 0, eta = 0.
+    beta = 0, eta = 0. low [slots, HV, 2, C] float32: what rows LOG_A and LOG_U lack; None where float32 sums will do.
     """
+    SUM_DTYPE: tl.constexpr = tl.float32 if low_ptr is None else tl.float64
     slot = tl.program_id(0)
     _, first, end, i_c = locate_chunk(cu_seqlens_ptr, slot, T, N, NT, C, VARLEN)
     o_i = tl.arange(0, C)[:, None]
@@ -93,20 +101,20 @@ def gates_fwd_kernel(
         b_eta = tl.where(m, 1.0, 0.0)
 
     b_alpha = tl.exp2(b_log_alpha)
-    b_log_a = tl.cumsum(b_log_alpha, axis=0)
-    b_log_u = tl.cumsum(b_log_mu, axis=0)
-    b_log_a_end = tl.sum(b_log_alpha, axis=0)[None, :]
-    b_log_u_end = tl.sum(b_log_mu, axis=0)[None, :]
-    b_u = tl.exp2(b_log_u)
-    b_a_before = tl.exp2(b_log_a - b_log_alpha)
-    b_u_before = tl.exp2(b_log_u - b_log_mu)
+    b_log_a = tl.cumsum(b_log_alpha.to(SUM_DTYPE), axis=0)
+    b_log_u = tl.cumsum(b_log_mu.to(SUM_DTYPE), axis=0)
+    b_log_a_end = tl.sum(b_log_alpha.to(SUM_DTYPE), axis=0)[None, :]
+    b_log_u_end = tl.sum(b_log_mu.to(SUM_DTYPE), axis=0)[None, :]
+    b_u = _decay(b_log_u)
+    b_a_before = _decay(b_log_a - b_log_alpha)
+    b_u_before = _decay(b_log_u - b_log_mu)
     _, b_b_before = tl.associative_scan((tl.exp2(b_log_alpha_before), b_beta_before * b_u_before), 0, _affine)
     b_b = b_alpha * b_b_before + b_beta * b_u
-    b_write = b_beta * tl.exp2(b_log_a_end - b_log_a)
+    b_write = b_beta * _decay(b_log_a_end - b_log_a)
     _, b_g = tl.associative_scan((tl.exp2(b_log_mu_after), b_write), 0, _affine, reverse=True)
     b_b_end = tl.sum(tl.where(o_i == C - 1, b_b, 0.0), axis=0)[None, :]
     b_beta_max = tl.maximum(tl.max(b_beta, axis=0), TINY)[None, :]
-    b_carry = tl.where(o_i == 0, tl.exp2(b_log_a_end), tl.where(o_i == 1, b_b_end, tl.exp2(b_log_u_end)))
+    b_carry = tl.where(o_i == 0, _decay(b_log_a_end), tl.where(o_i == 1, b_b_end, _decay(b_log_u_end)))
     b_carry = tl.where(o_i == 3, b_beta_max, b_carry)
 
     p_rows = coefficients_ptr + (slot.to(tl.int64) * HV + o_h) * (N_ROWS * C) + o_i  # [C, BH]
@@ -116,10 +124,15 @@ def gates_fwd_kernel(
     tl.store(p_rows + OUT_S * C, scale * (b_alpha * b_a_before), mask=m_h)
     tl.store(p_rows + OUT_N * C, scale * b_b, mask=m_h)
     tl.store(p_rows + WRITE_S * C, b_eta * b_g, mask=m_h)
-    tl.store(p_rows + WRITE_N * C, b_eta * tl.exp2(b_log_u_end - b_log_u), mask=m_h)
+    tl.store(p_rows + WRITE_N * C, b_eta * _decay(b_log_u_end - b_log_u), mask=m_h)
     tl.store(p_rows + CARRY * C, b_carry, mask=m_h)
-    tl.store(p_rows + LOG_A * C, b_log_a, mask=m_h)
-    tl.store(p_rows + LOG_U * C, b_log_u, mask=m_h)
+    b_log_a_high, b_log_u_high = b_log_a.to(tl.float32), b_log_u.to(tl.float32)
+    tl.store(p_rows + LOG_A * C, b_log_a_high, mask=m_h)
+    tl.store(p_rows + LOG_U * C, b_log_u_high, mask=m_h)
     tl.store(p_rows + ALPHA * C, b_alpha, mask=m_h)
     tl.store(p_rows + BETA * C, b_beta, mask=m_h)
     tl.store(p_rows + ETA * C, b_eta, mask=m_h)
+    if low_ptr is not None:
+        p_low = low_ptr + (slot.to(tl.int64) * HV + o_h) * (2 * C) + o_i
+        tl.store(p_low, (b_log_a - b_log_a_high).to(tl.float32), mask=m_h)
+        tl.store(p_low + C, (b_log_u - b_log_u_high).to(tl.float32), mask=m_h)

@@ -71,7 +71,7 @@ def _inverse_norm(b_xx, o_i):
 
 @triton.jit(do_not_specialize=["T", "N", "NT"])
 def prepare_fwd_kernel(
-    q_ptr, k_ptr, p_ptr, inverse_ptr, attention_ptr, coefficients_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, p_ptr, inverse_ptr, attention_ptr, coefficients_ptr, low_ptr, cu_seqlens_ptr,
     scale, T, N, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     FREE_P: tl.constexpr, P_TIMES_ALPHA: tl.constexpr, L2NORM: tl.constexpr, VARLEN: tl.constexpr,
@@ -79,7 +79,8 @@ def prepare_fwd_kernel(
 ):  # fmt: skip
     """One program: inverse and attention [C, C] of one chunk and value head; scales its coefficients by the norms.
 
-    q, k, p: [tokens, H, K] contiguous; p only if FREE_P. inverse, attention: [slots, HV, C, C] in q's dtype.
+    q, k, p: [tokens, H, K] contiguous; p only if FREE_P. inverse, attention: [slots, HV, C, C] in q's dtype. low: of
+    the gates kernel.
     """
     slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
@@ -126,10 +127,16 @@ def prepare_fwd_kernel(
     m_below = o_i[:, None] > o_i[None, :]
     m_upto = o_i[:, None] >= o_i[None, :]
     b_log_a_before = tl.load(p_row + (LOG_A * C - 1), mask=o_i[:, None] > 0, other=0.0)
-    b_a = tl.exp2(b_log_a_before - tl.load(p_col + LOG_A * C) + b_anchor)
-    b_a = tl.where(m_below, b_a * (tl.load(p_col + BETA * C) / b_beta_max), 0.0)
-    b_u = tl.exp2(tl.load(p_row + LOG_U * C) - tl.load(p_col + LOG_U * C) + b_anchor)
-    b_u = tl.where(m_upto, b_u, 0.0)
+    b_log_a = b_log_a_before - tl.load(p_col + LOG_A * C) + b_anchor
+    if low_ptr is not None:
+        low_ptr += index * (2 * C)
+        b_low_before = tl.load(low_ptr + o_i[:, None] - 1, mask=o_i[:, None] > 0, other=0.0)
+        b_log_a += b_low_before - tl.load(low_ptr + o_i[None, :])
+    b_a = tl.where(m_below, tl.exp2(b_log_a) * (tl.load(p_col + BETA * C) / b_beta_max), 0.0)
+    b_log_u = tl.load(p_row + LOG_U * C) - tl.load(p_col + LOG_U * C) + b_anchor
+    if low_ptr is not None:
+        b_log_u += tl.load(low_ptr + C + o_i[:, None]) - tl.load(low_ptr + C + o_i[None, :])
+    b_u = tl.where(m_upto, tl.exp2(b_log_u), 0.0)
     b_g = tl.dot(b_a.to(SOLVE_DTYPE), b_u.to(SOLVE_DTYPE), input_precision=PRECISION)
 
     b_eta = tl.load(p_col + ETA * C)

@@ -14,7 +14,7 @@ only; they are doubled to fill the tensor core's tile.
 import triton
 import triton.language as tl
 
-from .gates import CARRY, N_ROWS, OUT_N, OUT_S, READ_N, READ_S, WRITE_N, WRITE_S
+from .gates import CARRY, N_ROWS, OUT_S, READ_S, WRITE_S
 from .slots import sequence_bounds
 
 
@@ -28,6 +28,12 @@ def _sum_pairs(b_x, NB: tl.constexpr, N: tl.constexpr):
 def _double(b_x, NB: tl.constexpr, N: tl.constexpr):
     """Each row of [NB, 1, 8, N] as S row and as N row: [16 NB, N]."""
     return tl.reshape(tl.broadcast_to(b_x, [NB, 2, 8, N]), [16 * NB, N])
+
+
+@triton.jit
+def _rows(b_c, NB: tl.constexpr, C: tl.constexpr):
+    """Coefficients [2, C] of S and of N, for every row of X: [16 NB, C]."""
+    return tl.reshape(tl.broadcast_to(tl.reshape(b_c, [1, 2, 1, C]), [NB, 2, 8, C]), [16 * NB, C])
 
 
 @triton.jit(do_not_specialize=["T", "N", "NT"])
@@ -71,46 +77,63 @@ def scan_fwd_kernel(
     else:
         b_x = tl.zeros([2 * BV, BK], dtype=tl.float32)
 
+    o_qk = o_i[:, None] * (H * K) + o_k[None, :]
+    o_vo = o_i[:, None] * (HV * V) + o_v[None, :]
+    o_pair = tl.arange(0, 2)[:, None] * C + o_i[None, :]  # a row for S and the row for N after it
+    o_square = o_i[:, None] * C + o_i[None, :]
+    p_q = q_ptr + (first * H + i_h) * K  # of the first chunk; they advance with the chunks
+    p_k = k_ptr + (first * H + i_h) * K
+    p_p = p_k
+    if FREE_P:
+        p_p = p_ptr + (first * H + i_h) * K
+    p_v = v_ptr + (first * HV + i_hv) * V
+    p_o = o_ptr + (first * HV + i_hv) * V
+    index = slot * HV + i_hv
+    p_t = inverse_ptr + index * (C * C)
+    p_a = attention_ptr + index * (C * C)
+    p_c = coefficients_ptr + index * (N_ROWS * C)
     for i_c in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
-        o_t = i_c * C + o_i
-        m_t = o_t < length
-        row = first + o_t
-        o_qk = (row * H + i_h)[:, None] * K + o_k[None, :]
+        m_t = i_c * C + o_i < length
         m_qk = m_t[:, None] & m_k[None, :]
-        b_k = tl.load(k_ptr + o_qk, mask=m_qk, other=0.0)  # [C, BK]
-        b_q = tl.load(q_ptr + o_qk, mask=m_qk, other=0.0)
+        m_vo = m_t[:, None] & m_v[None, :]
+        b_k = tl.load(p_k + o_qk, mask=m_qk, other=0.0)  # [C, BK]
+        b_q = tl.load(p_q + o_qk, mask=m_qk, other=0.0)
         b_p = b_k
         if FREE_P:
-            b_p = tl.load(p_ptr + o_qk, mask=m_qk, other=0.0)
-        o_vo = (row * HV + i_hv)[:, None] * V + o_v[None, :]
-        m_vo = m_t[:, None] & m_v[None, :]
-        b_v = tl.load(v_ptr + o_vo, mask=m_vo, other=0.0)  # [C, BV]
-        index = (slot + i_c) * HV + i_hv
-        o_square = index * (C * C) + o_i[:, None] * C + o_i[None, :]
-        b_t = tl.load(inverse_ptr + o_square)  # [C, C]
-        b_a = tl.load(attention_ptr + o_square)
-        p_row = coefficients_ptr + index * (N_ROWS * C) + o_i
+            b_p = tl.load(p_p + o_qk, mask=m_qk, other=0.0)
+        b_v = tl.load(p_v + o_vo, mask=m_vo, other=0.0)  # [C, BV]
+        b_t = tl.load(p_t + o_square)  # [C, C]
+        b_a = tl.load(p_a + o_square)
 
         b_state = b_x.to(b_k.dtype)
         b_y = tl.dot(b_state, tl.trans(b_p), input_precision=PRECISION)  # [2BV, C]
-        b_y *= tl.where(is_n, tl.load(p_row + READ_N * C)[None, :], tl.load(p_row + READ_S * C)[None, :])
+        b_y *= _rows(tl.load(p_c + READ_S * C + o_pair), NB, C)
         b_w = tl.reshape(tl.trans(b_v).to(tl.float32), [NB, 1, 8, C]) - _sum_pairs(b_y, NB, C)
         b_w = _double(b_w, NB, C).to(b_t.dtype)
         b_r = tl.dot(b_w, tl.trans(b_t), input_precision=PRECISION)  # [2BV, C]
         b_o = tl.dot(b_state, tl.trans(b_q), input_precision=PRECISION)
-        b_o *= tl.where(is_n, tl.load(p_row + OUT_N * C)[None, :], tl.load(p_row + OUT_S * C)[None, :])
-        # the rows of this product are equal in pairs, so half of it goes with each of the pair
-        b_o += 0.5 * tl.dot(b_r.to(b_a.dtype), tl.trans(b_a), input_precision=PRECISION)
+        b_o *= _rows(tl.load(p_c + OUT_S * C + o_pair), NB, C)
+        b_half = tl.where(is_n, 0.0, b_r).to(b_a.dtype)  # R once, in the rows of S
+        b_o = tl.dot(b_half, tl.trans(b_a), acc=b_o, input_precision=PRECISION)
         b_out = tl.trans(tl.reshape(_sum_pairs(b_o, NB, C), [BV, C]))
-        tl.store(o_ptr + o_vo, b_out.to(o_ptr.dtype.element_ty), mask=m_vo)
+        tl.store(p_o + o_vo, b_out.to(o_ptr.dtype.element_ty), mask=m_vo)
 
-        b_r *= tl.where(is_n, tl.load(p_row + WRITE_N * C)[None, :], tl.load(p_row + WRITE_S * C)[None, :])
-        p_carry = coefficients_ptr + index * (N_ROWS * C) + CARRY * C
+        b_r *= _rows(tl.load(p_c + WRITE_S * C + o_pair), NB, C)
+        p_carry = p_c + CARRY * C
         b_s, b_n = tl.split(tl.permute(tl.reshape(b_x, [NB, 2, 8, BK]), (0, 2, 3, 1)))
         b_s = tl.load(p_carry) * b_s + tl.load(p_carry + 1) * b_n
         b_n = tl.load(p_carry + 2) * b_n
         b_x = tl.reshape(tl.permute(tl.join(b_s, b_n), (0, 3, 1, 2)), [2 * BV, BK])
         b_x = tl.dot(b_r.to(b_k.dtype), b_k, acc=b_x, input_precision=PRECISION)
+
+        p_q += C * H * K
+        p_k += C * H * K
+        p_p += C * H * K
+        p_v += C * HV * V
+        p_o += C * HV * V
+        p_t += HV * C * C
+        p_a += HV * C * C
+        p_c += HV * N_ROWS * C
 
     if STORE_FINAL:
         tl.store(final_state_ptr + o_state, sign * b_x, mask=m_state)

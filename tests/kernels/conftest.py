@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
+pytest.register_assert_rewrite("kernel_cases")
+
 # Before Triton is imported. Where there is no GPU its interpreter runs the kernels, on tensors of the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

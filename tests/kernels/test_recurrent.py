@@ -1,20 +1,26 @@
 """The decoding kernel against the recurrence in float64: interpreted on the CPU, as it is on a GPU."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from kernel_cases import (
+    DEVICE,
+    REAL,
+    TOKEN_TENSORS,
+    by_name,
+    check,
+    compile_launches,
+    gpu,
+    inputs_of,
+    options_of,
+    poisoned,
+)
 
 from mdnbench.kernels import fused_recurrent_momentum_delta_rule
 from mdnbench.kernels.recurrent import RecurrentConfig, default_config, recurrent_forward, recurrent_triton
 from mdnbench.kernels.reference import recurrent_mdn
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+through_operators = by_name(recurrent_triton, inplace=False)
 SMALL = {"B": 1, "T": 5, "H": 1, "HV": 2, "K": 16, "V": 24}
-TOKEN_TENSORS = ("q", "k", "v", "p")
 
 # name -> (changes to SMALL, names of inputs left out, options)
 FEATURES = {
@@ -41,48 +47,6 @@ FEATURES = {
     "packed, no initial state": ({"T": 4, "N": 3, "HV": 1}, ("initial_state",), {"cu_seqlens": [0, 2, 2, 4]}),
     "packed, one token": ({"T": 1, "N": 3, "HV": 1}, (), {"cu_seqlens": [0, 0, 1, 1]}),
 }
-REAL = {
-    "h16d128": {"B": 4, "H": 16, "HV": 16, "K": 128, "V": 128},
-    "paper-400m": {"B": 8, "H": 6, "HV": 6, "K": 128, "V": 256},
-    "paper-1.3b": {"B": 4, "H": 6, "HV": 6, "K": 256, "V": 512},
-    "grouped": {"B": 2, "H": 4, "HV": 16, "K": 64, "V": 64},
-    "no power of two": {"B": 2, "H": 3, "HV": 6, "K": 100, "V": 33},
-    "one head": {"B": 1, "H": 1, "HV": 1, "K": 96, "V": 80},
-}
-gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")]
-
-
-def inputs_of(make_inputs, profile, dtype, sizes, left_out=(), device=DEVICE):
-    inputs = {name: x.detach().to(device) for name, x in make_inputs(profile, **sizes).items() if name not in left_out}
-    return {name: x.to(dtype) if name in TOKEN_TENSORS else x for name, x in inputs.items()}
-
-
-def poisoned(function, **arguments):
-    """With memory that PyTorch allocates, that of the results too, filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        return function(**arguments)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def check(computed, inputs, options, o_error, state_error=2e-6):
-    o, state = computed
-    expected_o, expected_state = recurrent_mdn(**inputs, **options)
-    assert o.dtype == inputs["q"].dtype
-    assert (state is None) == (expected_state is None)
-    for got, expected, limit in ((o, expected_o, o_error), (state, expected_state, state_error)):
-        if expected is not None:
-            assert got.shape == expected.shape
-            assert got.isfinite().all()
-            assert (got - expected).norm() <= limit * expected.norm()
-
-
-def options_of(options):
-    options = {"output_final_state": True, **options}
-    if "cu_seqlens" in options:
-        options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], device=DEVICE)
-    return options
 
 
 @pytest.mark.parametrize(("dtype", "o_error"), [(torch.float32, 2e-6), (torch.float16, 6e-4)], ids=["fp32", "fp16"])
@@ -140,13 +104,6 @@ def test_steps_in_place_give_the_whole_sequence(make_inputs):
         assert final_state is state
         torch.testing.assert_close(o, whole_o[:, t : t + 1], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(state, whole_state, rtol=1e-6, atol=1e-6)
-
-
-def through_operators(**arguments):
-    """`recurrent_triton` by name, with defaults."""
-    names = ("p", "beta", "eta", "scale", "initial_state", "cu_seqlens")
-    flags = {"output_final_state": False, "use_qk_l2norm_in_kernel": True, "use_p_times_alpha": True}
-    return recurrent_triton(**{**dict.fromkeys(names), **flags, **arguments})
 
 
 @pytest.mark.parametrize("left_out", [(), ("p", "beta", "eta", "initial_state")], ids=["all", "optional left out"])
@@ -248,57 +205,19 @@ def test_in_place_says_what_it_needs(case, make_inputs):
         fused_recurrent_momentum_delta_rule(**arguments, inplace=True)
 
 
-COMPILE = """
-import json, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from mdnbench.kernels.recurrent import default_config, recurrent_fwd_kernel as kernel
-
-for capability, K, V, dtype, one_token, everything in json.load(sys.stdin):
-    config = default_config(K, V, 1024)
-    constants = {"H": 2, "HV": 4, "K": K, "V": V, "BK": triton.next_power_of_2(K), "BV": config.BV, "NORM": True}
-    constants |= {"P_TIMES_ALPHA": True, "ONE_TOKEN": one_token}
-    constants |= {} if everything else {"p_ptr": None, "cu_seqlens_ptr": None}
-    types = {"scale": "fp32", "T": "i32", "N": "i32", "cu_seqlens_ptr": "*i64"}
-    types |= {name: "*" + dtype for name in ("q_ptr", "k_ptr", "v_ptr", "p_ptr", "o_ptr")}
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
-    source = ASTSource(
-        kernel, signature, {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": config.num_warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\\d+) STACK:(\\d+)", usage.stdout + usage.stderr)
-    vector_loads = compiled.asm["ptx"].count("ld.global.v4.b32")
-    print(json.dumps({"registers": int(found[1]), "stack": int(found[2]), "vector_loads": vector_loads}))
-"""
-
-
 def test_compiles_without_spills():
     """For GPUs that are not here: no spills, three programs of four warps a multiprocessor, 16 bytes a load."""
+    sizes = {"form": "recurrent", "B": 256, "T": 64, "H": 2, "HV": 4}
     cases = [
-        (90, 128, 128, "bf16", True, False),
-        (90, 128, 128, "bf16", False, True),
-        (90, 256, 512, "fp32", False, True),
-        (90, 64, 64, "fp16", True, True),
-        (90, 16, 16, "bf16", True, False),
-        (80, 128, 128, "bf16", True, False),
+        {**sizes, "K": 128, "V": 128, "dtype": "bfloat16", "T": 1},
+        {**sizes, "K": 128, "V": 128, "dtype": "bfloat16", "free_p": True, "packed": True},
+        {**sizes, "K": 256, "V": 512, "dtype": "float32", "free_p": True, "packed": True},
+        {**sizes, "K": 64, "V": 64, "dtype": "float16", "T": 1, "free_p": True},
+        {**sizes, "K": 16, "V": 16, "dtype": "bfloat16", "T": 1},
+        {**sizes, "K": 128, "V": 128, "dtype": "bfloat16", "T": 1, "capability": 80},
     ]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE], input=json.dumps(cases), env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    for case, line in zip(cases, result.stdout.splitlines(), strict=True):
-        usage = json.loads(line)
-        assert usage["stack"] == 0, (case, usage)
+    for case, usage in zip(cases, compile_launches(cases), strict=True):
+        assert usage["stack_bytes"] == 0, (case, usage)
         assert usage["registers"] <= 168, (case, usage)
         assert usage["vector_loads"] >= 2, (case, usage)
 

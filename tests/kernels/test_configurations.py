@@ -1,0 +1,98 @@
+"""Which configuration a shape gets, and what the code that the compiler makes of it needs."""
+
+import pytest
+from kernel_cases import compile_launches
+
+from mdnbench.kernels.config import KernelConfig, block_size, choose_config, scan_shared_memory
+
+H200 = (232448, 132)  # shared memory a program may use in bytes, multiprocessors
+A100 = (166912, 108)
+L40S = (101376, 142)
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "chunk_size", "element_bytes", "heads", "free_p", "limits", "expected"),
+    [
+        (128, 128, 64, 2, 64, False, H200, KernelConfig(32, 4, 2, 4, 168)),
+        (128, 128, 64, 2, 16, False, H200, KernelConfig(16, 4, 2, 4, 168)),  # few heads: narrower tiles
+        (128, 256, 64, 2, 48, False, H200, KernelConfig(32, 4, 2, 4, 168)),
+        (64, 64, 64, 2, 128, False, H200, KernelConfig(32, 4, 2, 4, 168)),
+        (256, 512, 64, 2, 24, False, H200, KernelConfig(32, 8, 2, 4, 168)),
+        (100, 33, 64, 2, 256, False, H200, KernelConfig(32, 4, 2, 4, 168)),  # as 128 and 64
+        (16, 16, 16, 2, 256, False, H200, KernelConfig(16, 4, 2, 4, None)),
+        (128, 128, 128, 2, 64, False, H200, KernelConfig(32, 8, 1, 8, None)),
+        (128, 128, 64, 4, 64, False, H200, KernelConfig(32, 4, 1, 4, None)),
+        # where shared memory does not hold the stages that the shape would have, fewer
+        (128, 128, 64, 2, 64, True, A100, KernelConfig(32, 4, 2, 4, 168)),
+        (128, 128, 64, 2, 64, False, L40S, KernelConfig(32, 4, 1, 4, 168)),
+        (256, 512, 64, 2, 24, True, H200, KernelConfig(32, 8, 1, 4, 168)),
+    ],
+)
+def test_table(K, V, chunk_size, element_bytes, heads, free_p, limits, expected):
+    config = choose_config(K, V, chunk_size, element_bytes, heads, free_p, *limits)
+    assert config == expected
+    assert scan_shared_memory(config, block_size(K), chunk_size, element_bytes, free_p) <= limits[0]
+
+
+@pytest.mark.parametrize(
+    ("K", "chunk_size", "element_bytes", "limits"), [(256, 128, 2, L40S), (128, 128, 4, L40S), (256, 128, 4, H200)]
+)
+def test_chunks_that_do_not_fit(K, chunk_size, element_bytes, limits):
+    message = (
+        rf"^chunk_size={chunk_size} with K={K} and {element_bytes} bytes an element needs more shared memory than the "
+        rf"{limits[0]} bytes of this GPU: use a smaller chunk_size$"
+    )
+    with pytest.raises(ValueError, match=message):
+        choose_config(K, 128, chunk_size, element_bytes, 64, False, *limits)
+
+
+@pytest.mark.parametrize("limits", [A100, H200], ids=["A100", "H200"])
+def test_every_size_has_a_configuration(limits):
+    """At the default chunk size and in bfloat16, whatever else; smaller GPUs have one for K up to 128."""
+    for K in (16, 20, 64, 100, 128, 200, 256):
+        for V in (16, 24, 64, 100, 512):
+            for heads in (1, 16, 1024):
+                for free_p in (False, True):
+                    choose_config(K, V, 64, 2, heads, free_p, *limits)
+                    if K <= 128:
+                        choose_config(K, V, 64, 2, heads, free_p, *L40S)
+
+
+SIZES = {"form": "chunk", "dtype": "bfloat16", "T": 4096}
+H16D128 = {**SIZES, "B": 4, "H": 16, "HV": 16, "K": 128, "V": 128}
+D64 = {**SIZES, "B": 4, "H": 32, "HV": 32, "K": 64, "V": 64}
+PAPER_1_3B = {**SIZES, "B": 4, "H": 6, "HV": 6, "K": 256, "V": 512}
+SHIPPED = {
+    "h16d128": H16D128,
+    "h16d128, no states": {**H16D128, "states": False},
+    "h16d128, few heads": {**H16D128, "B": 1},
+    "h16d128, free p, packed": {**H16D128, "free_p": True, "packed": True},
+    "d64": D64,
+    "d64, few heads": {**D64, "B": 1, "H": 16, "HV": 16},
+    "paper-400m": {**SIZES, "B": 8, "H": 6, "HV": 6, "K": 128, "V": 256},
+    "paper-1.3b": PAPER_1_3B,
+    "paper-1.3b, no states": {**PAPER_1_3B, "states": False},
+    "on an A100": {**H16D128, "capability": 80},
+    "float32": {**SIZES, "dtype": "float32", "chunk_size": 32, "B": 4, "H": 4, "HV": 4, "K": 64, "V": 64},
+}
+# Bytes of stack (spills) a thread of the gates, prepare and scan kernels: the most that Triton 3.7.1 with its ptxas
+# 12.8.93 needs for the cases of that name, and 16 more, or 0. Prepare spills since its registers are limited.
+STACK_BYTES = {"sm_90": (0, 168, 192), "on an A100": (0, 848, 488), "float32": (0, 368, 184)}
+
+
+def test_shipped_configurations_compile():
+    """For GPUs that are not here: no more spills than are known, in the shared memory that is reckoned with."""
+    launches = iter(compile_launches(list(SHIPPED.values())))
+    for name, case in SHIPPED.items():
+        used = [next(launches) for _ in range(3)]
+        assert [usage["kernel"] for usage in used] == ["gates_fwd_kernel", "prepare_fwd_kernel", "scan_fwd_kernel"]
+        for usage, limit in zip(used, STACK_BYTES.get(name, STACK_BYTES["sm_90"]), strict=True):
+            assert usage["stack_bytes"] <= limit, (name, usage)
+        limits = A100 if name == "on an A100" else H200
+        element_bytes = 4 if name == "float32" else 2
+        chunk_size, free_p = case.get("chunk_size", 64), case.get("free_p", False)
+        config = choose_config(case["K"], case["V"], chunk_size, element_bytes, case["B"] * case["HV"], free_p, *limits)
+        estimate = scan_shared_memory(config, block_size(case["K"]), chunk_size, element_bytes, free_p)
+        assert used[2]["shared_bytes"] <= estimate <= limits[0], name
+        assert used[1]["shared_bytes"] <= L40S[0], name  # prepare has one configuration for all GPUs
+    assert next(launches, None) is None
