@@ -1,6 +1,7 @@
-"""Causal softmax attention, o_t = sum_{s <= t} softmax_s(K^-0.5 q_t^T k_s) v_s, by PyTorch's own kernels.
+"""Causal softmax attention, o_t = sum_{s <= t} softmax_s(K^-0.5 q_t^T k_s) v_s, by others' kernels.
 
-One provider for each backend of `torch.nn.functional.scaled_dot_product_attention`, pinned to it.
+One provider for each backend of `torch.nn.functional.scaled_dot_product_attention`, pinned to it, and one for each
+generation of the FlashAttention packages.
 """
 
 from __future__ import annotations

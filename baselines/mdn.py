@@ -18,15 +18,17 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from mdnbench.kernels import chunk_momentum_delta_rule
+from mdnbench.kernels.config import choose_config
 from mdnbench.kernels.reference import chunk_mdn, recurrent_mdn
 
 from .packages import FLA_INSTALL, import_beside, import_from_fla
 from .provider import Inputs, Operator, Provider
 from .recurrence import run_segments
-from .workload import Workload
+from .workload import BYTES_PER_ELEMENT, Workload
 
 _NAMES = ("q", "k", "v", "log_alpha", "log_mu", "beta", "eta")
 
@@ -94,6 +96,21 @@ class MdnTriton(Provider):
     install = "pip install triton"
     devices = ("cuda",)
     chunk_sizes = (16, 32, 64, 128)
+
+    def _supports(self, workload: Workload, mode: str) -> str | None:
+        w = workload
+        gpu = torch.cuda.get_device_properties() if torch.cuda.is_available() else None
+        shared_memory_bytes = getattr(gpu, "shared_memory_per_block_optin", sys.maxsize)
+        multiprocessors = getattr(gpu, "multi_processor_count", 1)
+        heads, element_bytes = w.batch * w.value_heads, BYTES_PER_ELEMENT[w.dtype]
+        try:
+            choose_config(
+                w.head_dim_k, w.head_dim_v, w.chunk_size, element_bytes, heads, False, shared_memory_bytes,
+                multiprocessors,
+            )  # fmt: skip
+        except ValueError as error:
+            return str(error)
+        return None
 
     def build(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
         """See `Provider.build`."""

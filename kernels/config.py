@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 # Left free: Triton keeps barriers and the exchange of register layouts there too.
 SHARED_MEMORY_MARGIN = 4096
+MAX_HEAD_DIM_K = 256
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ def scan_shared_memory(config: KernelConfig, block_k: int, chunk_size: int, elem
     return config.scan_stages * C * (tiles * element_bytes + coefficients) + state + SHARED_MEMORY_MARGIN
 
 
+def prepare_shared_memory(block_k: int, chunk_size: int, element_bytes: int, free_p: bool) -> int:
+    """The same of the prepare kernel: the operands of the largest product, or the tiles of q, k and p."""
+    C = chunk_size
+    tiles = (4 if element_bytes == 4 else 3) if free_p else 2
+    return max(tiles * C * block_k * element_bytes, 2 * C * C * 4) + SHARED_MEMORY_MARGIN
+
+
 def choose_config(
     head_dim_k: int,
     head_dim_v: int,
@@ -67,8 +75,13 @@ def choose_config(
         multiprocessors: of this GPU.
 
     Raises:
-        ValueError: when no configuration fits the GPU's shared memory, naming chunk_size.
+        ValueError: when K is above 256, or no configuration fits the GPU's shared memory, naming what to change.
     """
+    if head_dim_k > MAX_HEAD_DIM_K:
+        raise ValueError(
+            f"q has head dimension {head_dim_k}: the GPU kernels take up to {MAX_HEAD_DIM_K}; "
+            f"`mdnbench.kernels.reference.chunk_mdn` takes any"
+        )
     block_k, block_v = block_size(head_dim_k), min(32, block_size(head_dim_v))
     prepare_warps = 4 if chunk_size <= 64 else 8
     max_registers = 168 if chunk_size == 64 and element_bytes == 2 else None
@@ -83,7 +96,10 @@ def choose_config(
     else:
         config = KernelConfig(block_v, 4, 2)
     config = replace(config, prepare_warps=prepare_warps, prepare_max_registers=max_registers)
-    while scan_shared_memory(config, block_k, chunk_size, element_bytes, free_p) > shared_memory_bytes:
+    prepare_bytes = prepare_shared_memory(block_k, chunk_size, element_bytes, free_p)
+    while (
+        max(prepare_bytes, scan_shared_memory(config, block_k, chunk_size, element_bytes, free_p)) > shared_memory_bytes
+    ):
         if config.scan_stages == 1:
             raise ValueError(
                 f"chunk_size={chunk_size} with K={head_dim_k} and {element_bytes} bytes an element needs more shared "

@@ -23,11 +23,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # exact enough for their differences.
 LOG_GATE_FLOOR = tl.constexpr(-30.0)
 
-# Rows of the coefficient array [slots, HV, N_ROWS, C] float32. The scan reads the first seven.
-READ_S = tl.constexpr(
-    0
-)  # alpha_i a_{i-1}: factor of k_i^T S in the prediction (without alpha_i if p is taken as it is)
-READ_N = tl.constexpr(1)  # alpha_i b_{i-1}: the same for N
+# Rows of the coefficient array [slots, HV, N_ROWS, C] float32. The scan reads the first seven, after the prepare kernel
+# has multiplied the first six by the inverse norms of p, q and k.
+READ_S = tl.constexpr(0)  # alpha_i a_{i-1}, or a_{i-1} if p is taken as it is: factor of p_i^T S in the prediction
+READ_N = tl.constexpr(1)  # the same of b_{i-1}, for N
 OUT_S = tl.constexpr(2)  # scale a_i: factor of q_i^T S in the output
 OUT_N = tl.constexpr(3)  # scale b_i: the same for N
 WRITE_S = tl.constexpr(4)  # eta_i g_i: factor of k_i r_i^T in the S that leaves the chunk

@@ -75,13 +75,14 @@ def chunk_momentum_delta_rule(
         None unless `output_final_state`.
 
     Raises:
-        ValueError: naming the argument, what it is and what it may be.
+        ValueError: naming the argument, what it is and what it may be. On a GPU also for K above 256, and for a chunk
+            size that the GPU's shared memory cannot hold at these dimensions.
     """
     arguments = _checked(
         q, k, v, log_alpha, log_mu, p, beta, eta, scale, initial_state, output_final_state, cu_seqlens,
         use_qk_l2norm_in_kernel, use_p_times_alpha,
     )  # fmt: skip
-    if chunk_size not in CHUNK_SIZES:
+    if not isinstance(chunk_size, int) or chunk_size not in CHUNK_SIZES:
         raise ValueError(f"chunk_size={chunk_size!r} is not offered: use {_listed(CHUNK_SIZES)}")
     if q.is_cuda and q.dtype != torch.float64:
         from .forward import chunk_triton  # here, so that Triton is needed on GPUs alone
@@ -170,7 +171,8 @@ def _checked(
     for name, gate in (("log_alpha", log_alpha), ("log_mu", log_mu), ("beta", beta), ("eta", eta)):
         if gate is not None or name.startswith("log"):
             _check_tensor(name, gate, q, (B, T, HV), "[B, T, HV]")
-    if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
+    # Not math.isfinite, which torch.compile cannot trace for a scale that varies.
+    if scale is not None and not (isinstance(scale, Real) and abs(scale) < math.inf):
         raise ValueError(f"scale={scale!r} must be a finite number, or None for K ** -0.5")
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)

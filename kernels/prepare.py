@@ -4,7 +4,7 @@
     L     = (P K^T) * (alpha G') * eta_j                T = (I + L)^-1            "inverse"
     A_qk  = scale (Q K^T) * (alpha G' + beta U) * eta_j                           "attention"
 
-Q, K, P are taken as they come; their L2 norms are scalars a row and are multiplied into L, A_qk and the coefficients.
+Q, K, P are taken as they come; their inverse norms are scalars a row and are multiplied into L, A_qk and coefficients.
 
 The inverse: blocks of 8 on the diagonal by forward substitution in float32, all of them at once in registers, then
 neighbours are merged, (8 -> 16 -> ... -> C), by T <- T - T (L_off T), where L_off holds the blocks of L between the two
@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 
 from .gates import ALPHA, BETA, CARRY, ETA, LOG_A, LOG_U, N_ROWS, OUT_N, OUT_S, READ_N
+from .reference import L2NORM_EPS
 from .slots import locate_chunk
 
 SUBSTITUTION = tl.constexpr(8)  # block size up to which substitution is used
-NORM_EPS = tl.constexpr(1e-6)
+EPS = tl.constexpr(L2NORM_EPS)
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def invert_unit_lower(b_l, C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.c
 @triton.jit
 def _inverse_norm(b_xx, o_i):
     """1 / ||x_i|| for every row from the products b_xx = X X^T [C, C]."""
-    return tl.rsqrt(tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_xx, 0.0), axis=1) + NORM_EPS)
+    return tl.rsqrt(tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_xx, 0.0), axis=1) + EPS)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NT"])
@@ -95,9 +96,9 @@ def prepare_fwd_kernel(
     b_q = tl.load(q_ptr + o_tile, mask=m_tile, other=0.0)
     b_k = tl.load(k_ptr + o_tile, mask=m_tile, other=0.0)
     index = slot.to(tl.int64) * HV + i_hv
-    coefficients_ptr += index * (N_ROWS * C)
-    p_row = coefficients_ptr + o_i[:, None]
-    p_col = coefficients_ptr + o_i[None, :]
+    p_c = coefficients_ptr + index * (N_ROWS * C)
+    p_row = p_c + o_i[:, None]
+    p_col = p_c + o_i[None, :]
 
     b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if FREE_P:
@@ -114,28 +115,29 @@ def prepare_fwd_kernel(
             b_norm_k = _inverse_norm(b_pk, o_i)
             b_norm_p = b_norm_k
         o_row = tl.arange(0, 8)[:, None]  # the rows that the scan reads, and one more
-        p_scan = coefficients_ptr + o_row * C + o_i[None, :]
+        p_scan = p_c + o_row * C + o_i[None, :]
         b_norm = tl.where(o_row <= READ_N, b_norm_p[None, :], b_norm_k[None, :])
         b_norm = tl.where((o_row == OUT_S) | (o_row == OUT_N), b_norm_q[None, :], b_norm)
         b_norm = tl.where(o_row < CARRY, b_norm, 1.0)
         tl.store(p_scan, tl.load(p_scan) * b_norm)
 
-    # Nothing below needs b_anchor's value, which is 0: it makes the compiler compute the decays in the registers where
-    # the products above are, instead of exchanging them through shared memory (44 us of 170 on an H200).
+    # Nothing below needs b_anchor's value, 0 (NaN if a product is not finite): it makes the compiler compute the decays
+    # in the registers where the products above are, instead of exchanging them through shared memory (44 of 170 us on
+    # an H200).
     b_anchor = b_qk * 0.0
-    b_beta_max = tl.load(coefficients_ptr + CARRY * C + 3)
+    b_beta_max = tl.load(p_c + CARRY * C + 3)
     m_below = o_i[:, None] > o_i[None, :]
     m_upto = o_i[:, None] >= o_i[None, :]
     b_log_a_before = tl.load(p_row + (LOG_A * C - 1), mask=o_i[:, None] > 0, other=0.0)
     b_log_a = b_log_a_before - tl.load(p_col + LOG_A * C) + b_anchor
     if low_ptr is not None:
-        low_ptr += index * (2 * C)
-        b_low_before = tl.load(low_ptr + o_i[:, None] - 1, mask=o_i[:, None] > 0, other=0.0)
-        b_log_a += b_low_before - tl.load(low_ptr + o_i[None, :])
+        p_low = low_ptr + index * (2 * C)
+        b_low_before = tl.load(p_low + o_i[:, None] - 1, mask=o_i[:, None] > 0, other=0.0)
+        b_log_a += b_low_before - tl.load(p_low + o_i[None, :])
     b_a = tl.where(m_below, tl.exp2(b_log_a) * (tl.load(p_col + BETA * C) / b_beta_max), 0.0)
     b_log_u = tl.load(p_row + LOG_U * C) - tl.load(p_col + LOG_U * C) + b_anchor
     if low_ptr is not None:
-        b_log_u += tl.load(low_ptr + C + o_i[:, None]) - tl.load(low_ptr + C + o_i[None, :])
+        b_log_u += tl.load(p_low + C + o_i[:, None]) - tl.load(p_low + C + o_i[None, :])
     b_u = tl.where(m_upto, tl.exp2(b_log_u), 0.0)
     b_g = tl.dot(b_a.to(SOLVE_DTYPE), b_u.to(SOLVE_DTYPE), input_precision=PRECISION)
 

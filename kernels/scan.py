@@ -7,8 +7,8 @@
 A program carries a tile of S and N for BV value columns through all chunks of a sequence. The state is kept transposed,
 as one float32 tile X [2 BV, K] whose rows alternate between S and N in groups of eight: in the accumulator layout of
 the tensor cores a thread then holds row r of S and row r of N, so S and N mix in registers, and X is the left operand
-of its products from registers. Besides the inputs and O nothing passes through shared memory. W and R have BV rows
-only; they are doubled to fill the tensor core's tile.
+of its products from registers (with eight warps and BV <= 32 from shared memory, see `scan_shared_memory`). W and R
+have BV rows only; they are doubled to fill the tensor core's tile.
 """
 
 import triton

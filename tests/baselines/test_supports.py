@@ -90,3 +90,10 @@ def test_failing_check_is_a_reason(monkeypatch):
 def test_interface_loads_no_torch():
     code = "import sys, mdnbench.baselines.workload, mdnbench.baselines.provider; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_triton_kernels_say_what_they_cannot_take():
+    provider = get_provider("mdn-triton")
+    workload = Workload(64, 512, 64, dtype="bfloat16", device="cuda")
+    assert "the GPU kernels take up to 256" in provider.supports(workload)
+    assert provider.supports(workload.with_(head_dim_k=128)) is None

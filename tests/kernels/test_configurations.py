@@ -96,3 +96,10 @@ def test_shipped_configurations_compile():
         assert used[2]["shared_bytes"] <= estimate <= limits[0], name
         assert used[1]["shared_bytes"] <= L40S[0], name  # prepare has one configuration for all GPUs
     assert next(launches, None) is None
+
+
+def test_what_no_configuration_fits():
+    with pytest.raises(ValueError, match="q has head dimension 512: the GPU kernels take up to 256"):
+        choose_config(512, 64, 64, 2, 64, False, *H200)
+    with pytest.raises(ValueError, match="chunk_size=64 with K=128 and 4 bytes an element needs more shared memory"):
+        choose_config(128, 128, 64, 4, 64, True, *L40S)  # the scan would fit, the prepare kernel does not

@@ -155,6 +155,10 @@ WRONG = {
         lambda inputs: {"scale": float("inf")},
         "scale=inf must be a finite number, or None for K ** -0.5",
     ),
+    "scale that is no number": (
+        lambda inputs: {"scale": float("nan")},
+        "scale=nan must be a finite number, or None for K ** -0.5",
+    ),
     "initial state": (
         changed("initial_state", lambda x: x[0]),
         "initial_state has shape [1, 4, 16, 24]: it must be [2, 1, 4, 16, 24] ([2, N, HV, K, V])",

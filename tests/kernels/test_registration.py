@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mdnbench.kernels import chunk_momentum_delta_rule
 from mdnbench.kernels.forward import chunk_triton
+from mdnbench.kernels.operator import _checked
 from mdnbench.kernels.reference import recurrent_mdn
 
 through_operator = by_name(chunk_triton, chunk_size=16)
@@ -33,6 +34,20 @@ def test_compile_keeps_a_call_whole(packed, make_inputs):
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     function = chunk_momentum_delta_rule if DEVICE == "cuda" else through_operator
     check(torch.compile(function, fullgraph=True, backend=backend)(**inputs, **options), inputs, options, ERROR, ERROR)
+
+
+def test_compile_with_sizes_and_scales_that_vary(make_inputs):
+    """The shapes foretold from symbolic sizes, and argument checks that can be traced."""
+
+    def function(scale, **inputs):
+        arguments = _checked(**{**OPTIONAL, **inputs, "scale": scale, "output_final_state": True})
+        return chunk_triton(*arguments.values(), 16)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for B, T, scale in ((2, 20, 0.5), (2, 33, 0.25), (3, 17, 2.0)):
+        inputs = inputs_of(make_inputs, "layer", torch.float32, {**SMALL, "B": B, "T": T})
+        for got, expected in zip(compiled(scale, **inputs), function(scale, **inputs)):
+            assert torch.equal(got, expected)
 
 
 def test_compiled_gradients(make_inputs, evaluate, assert_close):
