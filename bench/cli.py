@@ -298,3 +298,6 @@ def new_folder(name: str) -> Path:
 
 def _print_json(rows: Iterable[Any]) -> None:
     print(json.dumps(list(rows), indent=1, default=str))
+
+
+from . import cli_regress, cli_track  # noqa: E402, F401 - their commands are registered on app, which has to be there

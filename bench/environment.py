@@ -60,7 +60,7 @@ def collect(device: str | None = None) -> Environment:
         **_torch(),
         "triton": version("triton"),
         "triton_interpret": os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"),
-        "ptxas": _ptxas(gpu),
+        "ptxas": ptxas(int(gpu["compute_capability"].replace(".", "")) if gpu else 90),
         "numpy": version("numpy"),
         "packages": {name: version(name) for name in (*PACKAGES, *_provider_packages())},
         "mdnbench": version("mdnbench"),
@@ -221,11 +221,14 @@ def _nvidia_on_pci() -> bool:
     return False
 
 
-def _ptxas(gpu: Environment | None) -> Environment | None:
-    """The assembler Triton will call for this GPU, or for sm_90 where there is none: Triton bundles several."""
+def ptxas(arch: int) -> Environment | None:
+    """The assembler Triton will call for a GPU of compute capability arch / 10: Triton bundles several.
+
+    Returns:
+        version, bundled (whether it is Triton's own) and arch; None where there is none.
+    """
     if util.find_spec("triton") is None:
         return None
-    arch = int(gpu["compute_capability"].replace(".", "")) if gpu else 90
     try:
         from triton.backends.nvidia import compiler
 

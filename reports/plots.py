@@ -26,7 +26,7 @@ MOST_TICKS = 7
 PANEL_INCHES = (2.9, 2.4)
 LEGEND_INCHES = 1.9
 PNG_DPI = 200
-_STYLE = {
+STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -74,7 +74,7 @@ def write_plots(runs: Sequence[Run], folder: Path) -> list[Path]:
     import matplotlib
 
     written = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, quantity in FIGURES.items():
             figure = draw(runs, quantity)
             if figure is None:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -77,11 +76,9 @@ def check(computed, inputs, options, o_error, state_error=2e-6, truth=recurrent_
 
 
 def compile_launches(cases):
-    """What compile_launches.py prints for `cases`: one list of launches for all of them."""
+    """What `mdnbench.bench.compile_launches` prints for `cases`: one list of launches for all of them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_launches.py")
-    result = subprocess.run(
-        [sys.executable, script], input=json.dumps(cases), env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "mdnbench.bench.compile_launches"]
+    result = subprocess.run(command, input=json.dumps(cases), env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
