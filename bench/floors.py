@@ -12,8 +12,8 @@ from typing import Any
 
 from .results import Point
 
-MOST_RATIOS = 100  # a point keeps its latest: a machine changes
-_SCHEMA_VERSION = 1
+MOST_GATES = 10  # a point keeps its latest: a machine changes
+_SCHEMA_VERSION = 2
 
 
 def cache_folder() -> Path:
@@ -35,21 +35,21 @@ class Floors:
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         self.path = (folder or cache_folder()) / f"noise-{digest}.json"
 
-    def load(self) -> dict[str, list[float]]:
-        """Log-ratios by the key of the point; empty when nothing usable is stored."""
+    def load(self) -> dict[str, list[list[float]]]:
+        """By the key of the point, the log-ratios of each gate; empty when nothing usable is stored."""
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["schema_version"] != _SCHEMA_VERSION:
                 return {}
-            return {key: [float(value) for value in values] for key, values in content["log_ratios"].items()}
+            return {key: [list(map(float, gate)) for gate in gates] for key, gates in content["log_ratios"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # measured again by the gates to come
             return {}
 
     def add(self, measured: Mapping[Point, Sequence[float]]) -> bool:
-        """Store log-ratios beside those that are there. False when the file cannot be written."""
+        """Store the log-ratios of a gate beside those that are there. False when the file cannot be written."""
         found = self.load()
         for point, values in measured.items():
-            found[point.key] = [*found.get(point.key, ()), *values][-MOST_RATIOS:]
+            found[point.key] = [*found.get(point.key, ()), list(values)][-MOST_GATES:]
         content = {"schema_version": _SCHEMA_VERSION, "machine": self.identity, "log_ratios": found}
         draft = self.path.with_suffix(f".{os.getpid()}")
         try:

@@ -278,7 +278,7 @@ def cpu_threads() -> str:
     """How many threads a CPU block runs on: $OMP_NUM_THREADS, 1 where it is not set.
 
     Threads that wait for one another wait for whoever else uses the machine: on two cores with other work, times of
-    the same code on two threads were seen to differ by a factor of 100, on one thread by some percent.
+    the same code on two threads were seen to differ by a factor of 100, on one thread by up to a factor of 2.
     """
     return os.environ.get("OMP_NUM_THREADS") or "1"
 

@@ -9,6 +9,7 @@ drift cancels between pairs of opposite order.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -150,15 +151,15 @@ def verdict_of(found: Estimate, adjusted_p: float, threshold: float, floor: floa
 
 
 def compare_blocks(
-    blocks: Sequence[MeasuredBlock], threshold: float, stored: Mapping[str, Sequence[float]] | None = None
+    blocks: Sequence[MeasuredBlock], threshold: float, stored: Mapping[str, Sequence[Sequence[float]]] | None = None
 ) -> tuple[list[Change], list[Untimed]]:
     """The verdicts of a gate.
 
     Args:
         blocks: in the order measured, which is that of `order`.
         threshold: 0.03 for 3 %.
-        stored: log-ratios of the same code from earlier gates on this machine by the key of the point, for the noise
-            floor; those of these blocks are added here.
+        stored: by the key of a point, for each earlier gate on this machine, log-ratios of the same code. The noise
+            floor is the median of the floors of these gates and of this one.
     """
     rows = [{record.point: record for record in block.records} for block in blocks]
     changes: list[Change] = []
@@ -174,8 +175,10 @@ def compare_blocks(
             _add_missing(point, sides, changes, untimed)
             continue
         log_ratios = pair_log_ratios(blocks, point)
-        same_code = [*(stored or {}).get(point.key, ()), *same_code_log_ratios(blocks, point)]
-        floor = noise_floor(same_code, len(log_ratios), len(timed))
+        same_code = [*(stored or {}).get(point.key, ()), same_code_log_ratios(blocks, point)]
+        found = [noise_floor(values, len(log_ratios), len(timed)) for values in same_code]
+        known = [value for value in found if value is not None]
+        floor = statistics.median_low(known) if known else None  # one gate in a busy hour does not blunt all to come
         change = _change(point, sides, "same", block_time=True)
         judged.append((change, estimate(log_ratios), floor))
     adjusted = adjust([found.p_value for _, found, _ in judged])

@@ -154,11 +154,12 @@ def test_what_is_undecided_is_measured_again_up_to_three_rounds(repository: Path
     run_block = scripted({"gdn-slowable": 1.032})  # at the threshold: 3 % to 3.4 %
     noisy = [0.0, 0.1, -0.1, 0.08, -0.09, 0.1, -0.1, 0.1]
     point = points_of(replace(SPEC, providers=("gdn-slowable",)))[0]
-    Floors(gate.machine(ENVIRONMENT), SPEC.time_limit_s).add({point: noisy})
+    for _ in range(2):  # the floor is the median over gates: one noisy gate would not count
+        Floors(gate.machine(ENVIRONMENT), SPEC.time_limit_s).add({point: noisy})
     found = run_gate(wanted(repository), tmp_path / "out", ENVIRONMENT, run_block=run_block)
     assert found.exit_code == 3
     assert len(list((tmp_path / "out").glob("0*"))) == 3 * 16
-    assert found.changes[0].floor > 0.03
+    assert found.changes[0].floor > 0.032
 
 
 def test_the_working_tree_is_measured_with_its_changes(repository: Path, tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ def test_floors_are_kept_by_machine_and_bounded(tmp_path: Path) -> None:
     assert floors.load() == {}
     for _ in range(30):
         assert floors.add({point: [0.01, -0.02, 0.03, 0.04]})
-    assert len(floors.load()[point.key]) == 100
+    assert floors.load()[point.key] == [[0.01, -0.02, 0.03, 0.04]] * 10
     assert Floors({"device_name": "B"}, 0.1, tmp_path).load() == {}
     floors.path.write_text("{")
     assert floors.load() == {}

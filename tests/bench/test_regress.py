@@ -163,7 +163,7 @@ def test_gates_without_and_with_a_change() -> None:
             noise = draw.normal(0, 0.007, 48) + (draw.random(48) < 0.01) * draw.exponential(0.3, 48)
             slower = [1.1 if gate % 2 and side == HEAD and name == "toy-0" else 1.0 for side in regress.order(24)]
             times[name] = np.exp(noise) * slower
-        stored = {record(name).point.key: draw.normal(0, 0.01, 30) for name in names}
+        stored = {record(name).point.key: [draw.normal(0, 0.01, 30)] for name in names}
         changes, _ = compare_blocks(blocks_of(times, 24), 0.03, stored)
         slow = {change.point.provider for change in changes if change.verdict == "slower"}
         if gate % 2:
