@@ -1,17 +1,12 @@
 """Gate profiles and inputs for the tests of the operator; a table of their own, so that they need no other folder."""
 
 import math
-import os
 
 import pytest
 import torch
 from torch.nn.functional import softplus
 
 pytest.register_assert_rewrite("kernel_cases")
-
-# Before Triton is imported. Where there is no GPU its interpreter runs the kernels, on tensors of the CPU.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _gates(normal, uniform, **changes):
