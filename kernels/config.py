@@ -6,6 +6,7 @@ matched the float64 recurrence there. Where a GPU's shared memory cannot hold th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 # Left free: Triton keeps barriers and the exchange of register layouts there too.
@@ -54,6 +55,7 @@ def prepare_shared_memory(block_k: int, chunk_size: int, element_bytes: int, fre
     return max(tiles * C * block_k * element_bytes, 2 * C * C * 4) + SHARED_MEMORY_MARGIN
 
 
+@functools.cache  # every call of the operator asks
 def choose_config(
     head_dim_k: int,
     head_dim_v: int,
