@@ -54,7 +54,14 @@ Dtype = Annotated[
     str, typer.Option("--dtype", metavar="NAME", help="float32, float16, bfloat16, or auto: by the device.")
 ]
 Modes = Annotated[str | None, typer.Option("--mode", metavar="NAMES", help="Of forward, backward, forward_backward.")]
-Regimes = Annotated[str | None, typer.Option("--regime", metavar="NAMES", help="Of eager, graph (CUDA-graph replay).")]
+Regimes = Annotated[
+    str | None,
+    typer.Option(
+        "--regime",
+        metavar="NAMES",
+        help="Of eager, graph (CUDA-graph replay), eager-warm, graph-warm (L2 cache not emptied).",
+    ),
+]
 Device = Annotated[
     str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")
 ]
@@ -67,6 +74,16 @@ GateProfiles = Annotated[
 ]
 Seed = Annotated[str | None, typer.Option("--seed", metavar="INT", help="Seed of the inputs. Default: 0.")]
 TimeLimit = Annotated[str | None, typer.Option("--time-limit", metavar="SECONDS", help="Of sampling a point, at most.")]
+MinTime = Annotated[
+    str | None,
+    typer.Option("--min-time", metavar="SECONDS", help="Of sampling a point, at least. Default: limit / 10."),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision", metavar="PERCENT", help="Stop when the median's 95 % interval is ± this. Default: 0.5%."
+    ),
+]
 Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run. Default: the preset's.")]
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the run. Default: runs/<time>-<name>.")

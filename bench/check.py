@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mdnbench.baselines.workload import Workload
 
+from .costs import costs
 from .requests import Check, PointFailed
 from .results import Point, Record
-from .spec import SETUP_LIMIT_S, operator_names, providers_alone
+from .spec import SETUP_LIMIT_S, operators_of, providers_alone
 from .sweep import make_record
 from .worker import Workers
 
@@ -66,14 +68,16 @@ def check_profiles(
         RuntimeError: when no worker process can be started.
     """
     limit_s = SETUP_LIMIT_S[device.partition(":")[0]] if limit_s is None else limit_s
-    operators = operator_names(tuple({point.provider for point in points}))
+    operators = operators_of(tuple({point.provider for point in points}))
     workers = Workers(device, log_path, providers_alone(tuple(operators)))
     try:
         for point in points:
             worker = workers.of(point.provider)
+            operator = operators[point.provider]
             try:
-                yield make_record(point, operators[point.provider], seed, worker.check(Check(point, seed), limit_s))
+                record = make_record(point, operator.name, seed, worker.check(Check(point, seed), limit_s))
             except PointFailed as stop:
-                yield make_record(point, operators[point.provider], seed, stop.failure.found, failure=stop.failure)
+                record = make_record(point, operator.name, seed, stop.failure.found, failure=stop.failure)
+            yield replace(record, **costs(operator, point))
     finally:
         workers.stop()

@@ -21,8 +21,6 @@ from . import arguments as arg
 from .console import ProgressDisplay, fail, make_console, warn
 
 if TYPE_CHECKING:
-    from mdnbench.reports.runs import Run
-
     from .spec import SweepSpec
     from .sweep import Progress
 
@@ -88,6 +86,8 @@ def sweep(
     gates: arg.Gates = None,
     seed: arg.Seed = None,
     time_limit: arg.TimeLimit = None,
+    min_time: arg.MinTime = None,
+    precision: arg.Precision = None,
     name: arg.Name = None,
     out: arg.Out = None,
     resume: arg.Resume = False,
@@ -103,7 +103,7 @@ def sweep(
         "provider": provider, "seq_len": seq_len, "head_dim": head_dim, "v_head_dim": v_head_dim,
         "chunk_size": chunk_size, "batch": batch, "heads": heads, "value_heads": value_heads, "dtype": dtype,
         "mode": mode, "regime": regime, "device": device, "gates": gates, "seed": seed, "time_limit": time_limit,
-        "name": name,
+        "min_time": min_time, "precision": precision, "name": name,
     }  # fmt: skip
     with validating():
         from . import options, views
@@ -132,10 +132,12 @@ def _run_sweep(spec: SweepSpec, folder: Path, resume: bool, total: int, as_json:
     from mdnbench.reports.runs import load_runs
 
     from . import environment, views
+    from .cli_report import complete, show_reports
+    from .peaks import with_peaks
     from .results import read_records, results_path
     from .sweep import run_sweep
 
-    facts = environment.collect(spec.device)
+    facts = with_peaks(environment.collect(spec.device))
     display = ProgressDisplay(total)
 
     def show(event: Progress) -> None:
@@ -162,9 +164,9 @@ def _run_sweep(spec: SweepSpec, folder: Path, resume: bool, total: int, as_json:
             raise
         raise BadInput(str(fault)) from None
     measured = results_path(folder).exists() and read_records(folder)
-    runs = load_runs([folder]) if measured else []
+    runs = complete(load_runs([folder])) if measured else []
     if runs:
-        _report(runs, folder, as_json)
+        show_reports(runs, folder, as_json)
     if code == INTERRUPTED:
         kept = sum(len(run.records) for run in runs)  # rows on disk: one may have been written without being shown
         resume_command = f"mdnbench sweep --resume --out {shlex.quote(str(folder))}"
@@ -191,60 +193,6 @@ def list_providers(provider: arg.Provider = None, device: arg.Device = "auto", a
         views.show_capabilities(make_console(), found)
 
 
-@app.command()
-def check(
-    provider: arg.Provider = None,
-    gates: arg.GateProfiles = None,
-    dtype: arg.Dtype = "auto",
-    device: arg.Device = "auto",
-    as_json: arg.Json = False,
-) -> None:
-    """Check providers at every gate profile; time nothing.
-
-    Output and gradients are compared with float64. The exit code is 1 when something is wrong.
-    """
-    with validating():
-        from . import options, views
-        from .check import check_profiles
-
-        place = options.device_name(device)
-        points = options.check_points(provider, gates, dtype, place)
-    records = []
-    with ProgressDisplay(len(points)) as display:
-        for record in check_profiles(points, place):
-            records.append(record)
-            display.update(len(records), f"{record.point.provider} {record.point.workload.gates}")
-    if as_json:
-        _print_json(record.to_row() for record in records)
-    else:
-        views.show_checks(make_console(), records)
-    raise typer.Exit(any(record.status not in ("ok", "unsupported") for record in records))
-
-
-@app.command()
-def report(runs: arg.Runs, out: arg.ReportOut = None, as_json: arg.Json = False) -> None:
-    """Make tables and plots again, from one run or several."""
-    from mdnbench.reports.runs import is_report, load_runs
-
-    from .results import results_path
-
-    reports = [path for path in runs if is_report(path)]
-    if len(reports) < len(runs):  # else the error of loading them says what is wrong
-        runs = [path for path in runs if path not in reports]
-        for path in reports:
-            warn(f"{path} is passed over: it holds a report and no results")
-    with validating():
-        loaded = load_runs(runs)
-    if out is None:
-        out = new_folder("report") if len(loaded) > 1 else results_path(runs[0]).parent
-    try:
-        _report(loaded, out, as_json)
-    except OSError as fault:
-        if isinstance(fault, BrokenPipeError):  # of whoever reads the table
-            raise
-        raise BadInput(f"--out {str(out)!r} cannot be written to ({fault.strerror}): choose another folder") from None
-
-
 @app.command("doctor")
 def run_doctor(as_json: arg.Json = False) -> None:
     """Show versions and what is wrong with them.
@@ -264,33 +212,6 @@ def run_doctor(as_json: arg.Json = False) -> None:
     raise typer.Exit(any(rule.level == "error" for rule in findings))
 
 
-def _report(runs: Sequence[Run], folder: Path, as_json: bool) -> None:
-    """Write the reports of runs into `folder`, print the table, and say in one line where all is."""
-    from mdnbench.reports import render, tables
-    from mdnbench.reports.runs import ENVIRONMENT_FILE
-
-    from .results import RESULTS_FILE
-
-    written = [name for name in (RESULTS_FILE, ENVIRONMENT_FILE) if (folder / name).exists()]
-    written += write_reports(runs, folder)
-    if as_json:
-        _print_json(tables.to_rows(runs))
-        return
-    console = make_console()
-    render.show(console, runs)
-    console.print(f"Saved in {folder}: {', '.join(written)}", markup=False, soft_wrap=True)
-
-
-def write_reports(runs: Sequence[Run], folder: Path) -> list[str]:
-    """Write every report of `runs` into `folder`, which is made when absent. Returns the names of the files."""
-    from mdnbench.reports import plots, render, tables
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(render.markdown(runs), encoding="utf-8")
-    tables.to_frame(runs).to_csv(folder / "table.csv", index=False)
-    return ["table.md", "table.csv", *(path.name for path in plots.write_plots(runs, folder))]
-
-
 def new_folder(name: str) -> Path:
     """Where a run goes by default: runs/<time>-<name>."""
     return RUNS_FOLDER / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
@@ -300,4 +221,4 @@ def _print_json(rows: Iterable[Any]) -> None:
     print(json.dumps(list(rows), indent=1, default=str))
 
 
-from . import cli_regress, cli_track  # noqa: E402, F401 - their commands are registered on app, which has to be there
+from . import cli_check, cli_peaks, cli_profile, cli_regress, cli_report, cli_track  # noqa: E402, F401 - their commands are registered on app, which has to be there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,10 +14,12 @@ import typer
 from . import arguments as arg
 from .cli import BadInput, app, new_folder, validating
 from .console import ProgressDisplay, fail, make_console
+from .parse import parse_percent
 
 if TYPE_CHECKING:
     from .gate import Gate
     from .regress import Comparison
+    from .results import Record
 
 ERROR = 4  # of a gate that comes to no verdict; 2 is bad input
 INTERRUPTED = 130
@@ -26,6 +29,12 @@ GATE_PRECISION = 0.001  # hardly reached in this time: both sides are sampled fo
 
 RunA = Annotated[Path, typer.Argument(metavar="RUN_A", help="The base: a run folder, or a results.jsonl.")]
 RunB = Annotated[Path, typer.Argument(metavar="RUN_B", help="The head, which is compared with it.")]
+Repeat = Annotated[
+    bool,
+    typer.Option(
+        "--repeat", help="Both are the same sweep of the same code: how many medians agree within --threshold?"
+    ),
+]
 Threshold = Annotated[
     str, typer.Option("--threshold", metavar="PERCENT", help="Smaller differences do not matter: 3% or 0.03.")
 ]
@@ -65,7 +74,12 @@ Target = Annotated[
 
 @app.command()
 def compare(
-    run_a: RunA, run_b: RunB, threshold: Threshold = "3%", markdown: Markdown = None, as_json: arg.Json = False
+    run_a: RunA,
+    run_b: RunB,
+    threshold: Threshold = "3%",
+    repeat: Repeat = False,
+    markdown: Markdown = None,
+    as_json: arg.Json = False,
 ) -> None:
     """Compare two runs, point by point.
 
@@ -76,10 +90,13 @@ def compare(
         from mdnbench.reports.runs import load_run
 
         from . import environment
+        from .quality import clocks_between
         from .regress import Comparison, compare_records
 
         part = parse_percent("--threshold", threshold)
         runs = [load_run(path) for path in (run_a, run_b)]
+    if repeat:
+        return _show_agreement(runs[0].records, runs[1].records, part, markdown, as_json)
     changes, untimed = compare_records(runs[0].records, runs[1].records, part)
     before, after = (environment.identity(run.environment) for run in runs)
     notes = [
@@ -87,6 +104,7 @@ def compare(
         for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name)
     ]
+    notes += clocks_between(runs[0].records, runs[1].records)
     notes.append("Intervals cover the samples of these two processes, not how processes differ from one another.")
     _show(Comparison(str(run_a), str(run_b), part, changes, untimed, notes), markdown, as_json)
 
@@ -182,6 +200,20 @@ def _run_static(base: str | None, target: str | None, threshold: float | None, m
     return code
 
 
+def _show_agreement(
+    first: Sequence[Record], second: Sequence[Record], limit: float, markdown: Path | None, as_json: bool
+) -> None:
+    from mdnbench.reports import agreement as report
+
+    found = report.agreement(first, second, limit)
+    if markdown is not None:
+        _write(markdown, report.markdown(found))
+    if as_json:
+        print(json.dumps(report.to_json(found), indent=1))
+    else:
+        report.show(make_console(), found)
+
+
 def _show(found: Comparison, markdown: Path | None, as_json: bool) -> None:
     from mdnbench.reports import compare as report
 
@@ -199,18 +231,3 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as fault:
         raise BadInput(f"--markdown {str(path)!r} cannot be written ({fault.strerror}): choose another file") from None
-
-
-def parse_percent(option: str, text: str) -> float:
-    """A part of 1: "3%" and "0.03" are 0.03.
-
-    Raises:
-        ValueError: for anything that is no number from 0 to below 1.
-    """
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise ValueError(f"{option} {text!r} is not between 0% and 100%: write for example {option} 3%")
-    return value

@@ -22,15 +22,7 @@ from mdnbench.baselines.provider import Inputs, Operator, Provider
 from mdnbench.baselines.workload import Workload
 
 from .measure import open_call, returning_tensor
-
-# Largest relative error ||x - truth|| / ||truth|| by the dtype of q, k, v and o: (output, gradients of q, k, v).
-# Gradients of the gates, which sum over a whole head in float32, may be off by twice that of q, k, v.
-TOLERANCES: dict[str, tuple[float, float]] = {
-    "float32": (1e-4, 1e-3),
-    "float16": (5e-3, 1e-2),
-    "bfloat16": (1e-2, 2e-2),
-}
-GATE_TOLERANCE_FACTOR = 2
+from .metrics import tolerance
 
 MAX_CHECKED_SEQ_LEN = 512  # a multiple of every usual chunk size
 MAX_CHECKED_BATCH = 2  # a second sequence shows what the first cannot: offsets into the batch
@@ -54,14 +46,6 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     difference = (x.detach().double() - truth).norm().item()
     scale = truth.norm().item()
     return difference / scale if scale else difference
-
-
-def tolerance(dtype: str, name: str) -> float:
-    """The largest relative error allowed for tensor `name` ("o", "dq", "dbeta", ...) of a workload in `dtype`."""
-    output, gradient = TOLERANCES[dtype]
-    if name == "o":
-        return output
-    return gradient if name in ("dq", "dk", "dv") else GATE_TOLERANCE_FACTOR * gradient
 
 
 def checked_workload(provider: Provider, workload: Workload, mode: str) -> Workload:

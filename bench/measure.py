@@ -5,14 +5,16 @@ Modes:
     backward          gradients of every input, from a forward pass that ran once, outside of the timing.
     forward_backward  both, as in one step of training.
 
-Regimes: "eager" launches every call from Python; "graph" replays a CUDA graph, which leaves the host out.
+Regimes: "eager" launches every call from Python; "graph" replays a CUDA graph, which leaves the host out. On CUDA both
+empty the L2 cache before each call, because in a model the call finds its inputs in memory, and take sets of inputs in
+turn; "eager-warm" and "graph-warm" do neither: inputs that fit into the cache stay there.
 
-On a CPU a sample is the wall time of one call. On CUDA it is the time between two events around the call, and the L2
-cache is emptied before each, because in a model the call finds its inputs in memory.
+On a CPU a sample is the wall time of one call. On CUDA it is the time between two events around the call.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -124,6 +126,14 @@ def open_graph(call: Callable[[], Tensor], mode: str, inputs: Sequence[Tensor], 
     return replay
 
 
+def in_turn(calls: Sequence[Call]) -> Call:
+    """A function that runs one of `calls` each time, in turn."""
+    if len(calls) == 1:
+        return calls[0]
+    following = itertools.cycle(calls)
+    return lambda: next(following)()
+
+
 def time_on_cpu(call: Call, count: int) -> list[float]:
     """Wall time of each of `count` calls in ms."""
     samples = []
@@ -134,15 +144,17 @@ def time_on_cpu(call: Call, count: int) -> list[float]:
     return samples
 
 
-def time_on_cuda() -> TimeCalls:
-    """A function as `time_on_cpu`, by CUDA events, with the L2 cache of the current device emptied before each call."""
+def time_on_cuda(cold: bool = True) -> TimeCalls:
+    """A function as `time_on_cpu`, by CUDA events; with `cold`, the L2 cache of the current device is emptied before
+    each call by writing twice its size."""
     l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(L2_SIZES_FLUSHED * l2_bytes, dtype=torch.int8, device="cuda")
+    flush = torch.empty(L2_SIZES_FLUSHED * l2_bytes if cold else 0, dtype=torch.int8, device="cuda")
 
     def time_calls(call: Call, count: int) -> list[float]:
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         for start, end in pairs:
-            flush.zero_()
+            if cold:
+                flush.zero_()
             start.record()
             call()
             end.record()

@@ -7,11 +7,26 @@ a number or None and give it an entry in `METRICS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .results import Record
+import numpy as np
+
+from .results import Point, Record
+
+MIN_CORRELATED = 20  # with fewer samples the correlation is not known well enough to correct by
+
+# Largest relative error ||x - truth|| / ||truth|| by the dtype of q, k, v and o: (output, gradients of q, k, v).
+# Gradients of the gates, which sum over a whole head in float32, may be off by twice that of q, k, v.
+TOLERANCES: dict[str, tuple[float, float]] = {
+    "float32": (1e-4, 1e-3),
+    "float16": (5e-3, 1e-2),
+    "bfloat16": (1e-2, 2e-2),
+}
+GATE_TOLERANCE_FACTOR = 2
 
 
 def median(samples: Sequence[float]) -> float:
@@ -27,12 +42,20 @@ def median(samples: Sequence[float]) -> float:
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
-def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+def median_interval(
+    samples: Sequence[float], confidence: float = 0.95, correlation_time: float = 1.0
+) -> tuple[float, float] | None:
     """A confidence interval of the median that assumes nothing about the distribution of the samples.
 
     The number of n independent samples below the true median is binomial(n, 1/2), so the interval between the k-th
     smallest and the k-th largest sample misses the median with probability 2 P(binomial(n, 1/2) < k). It is the
     narrowest such interval that holds `confidence` (David and Nagaraja, Order Statistics, section 7.1).
+
+    Args:
+        samples: any numbers.
+        confidence: between 0 and 1.
+        correlation_time: n correlated samples know as much as n / correlation_time independent ones (see
+            `correlation_time`): the ranks move away from the middle by its square root, at most to the extremes.
 
     Returns:
         (low, high) in the unit of the samples; None when the samples are too few, below 6 for 95 %.
@@ -41,7 +64,45 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
     if rank is None:
         return None
     ordered = sorted(samples)
+    middle = (len(ordered) + 1) / 2
+    rank = max(1, math.floor(middle - (middle - rank) * math.sqrt(correlation_time)))
     return ordered[rank - 1], ordered[-rank]
+
+
+def correlation_time(samples: Sequence[float]) -> float:
+    """How many samples in sequence know as much about the median as one independent sample; 1 for independent ones.
+
+    1 + 2 sum_k rho_k with the autocorrelation rho_k of "above or below the median", which is what the error of a sample
+    median depends on. The sum ends where two neighbours add to nothing (the initial positive sequence of Geyer,
+    Statistical Science 7, 1992). A drift, and levels that differ from block to block, are correlation too.
+
+    Returns:
+        At least 1; 1 for fewer than MIN_CORRELATED samples.
+    """
+    count = len(samples)
+    if count < MIN_CORRELATED:
+        return 1.0
+    middle = median(samples)
+    signs = np.sign(np.asarray(samples) - middle)
+    variance = signs @ signs
+    if not variance:
+        return 1.0
+
+    def rho(lag: int) -> float:
+        return float(signs[: count - lag] @ signs[lag:] / variance)
+
+    total = -1.0
+    for lag in range(0, count // 2, 2):
+        pair = rho(lag) + rho(lag + 1)
+        if pair <= 0:
+            break
+        total += 2 * pair
+    return max(1.0, total)
+
+
+def sampled_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """The interval of the median of samples in the order taken, corrected for their correlation."""
+    return median_interval(samples, confidence, correlation_time(samples))
 
 
 @cache
@@ -58,13 +119,17 @@ def _interval_rank(count: int, confidence: float) -> int | None:
     return None
 
 
-def is_precise(samples: Sequence[float], half_width: float = 0.01) -> bool:
-    """Whether the 95 % confidence interval of the median lies within the median times 1 ± `half_width`."""
-    interval = median_interval(samples)
-    if interval is None:
-        return False
-    middle = median(samples)
-    return middle * (1 - half_width) <= interval[0] and interval[1] <= middle * (1 + half_width)
+def half_width(samples: Sequence[float]) -> float | None:
+    """Half of `sampled_interval` as a part of the median, 0.005 for ± 0.5 %; None where there is no interval."""
+    interval = sampled_interval(samples)
+    middle = median(samples) if samples else 0.0
+    return None if interval is None or not middle else (interval[1] - interval[0]) / 2 / middle
+
+
+def is_precise(samples: Sequence[float], target: float = 0.005) -> bool:
+    """Whether half of the 95 % confidence interval of the median is at most `target` of the median."""
+    found = half_width(samples)
+    return found is not None and found <= target
 
 
 def latency_ms(record: Record) -> float | None:
@@ -84,6 +149,76 @@ def max_relative_error(record: Record) -> float | None:
     return max(errors) if errors and None not in errors else None
 
 
+def tolerance(dtype: str, name: str) -> float:
+    """The largest relative error allowed for tensor `name` ("o", "dq", "dbeta", ...) of a workload in `dtype`."""
+    output, gradient = TOLERANCES[dtype]
+    if name == "o":
+        return output
+    return gradient if name in ("dq", "dk", "dv") else GATE_TOLERANCE_FACTOR * gradient
+
+
+def tflops(record: Record) -> float | None:
+    """The operator's count of floating-point operations over the median time, in 10^12 a second."""
+    latency = latency_ms(record)
+    return record.flops / latency / 1e9 if latency and record.flops is not None else None
+
+
+def gbps(record: Record) -> float | None:
+    """The bytes that have to be moved over the median time, in 10^9 bytes a second: a lower bound of the traffic."""
+    latency = latency_ms(record)
+    return record.bytes / latency / 1e6 if latency and record.bytes is not None else None
+
+
+def arithmetic_intensity(record: Record) -> float | None:
+    """Floating-point operations for each byte that has to be moved."""
+    return record.flops / record.bytes if record.flops is not None and record.bytes else None
+
+
+def percent_of_roofline(record: Record, peaks: Mapping[str, Any] | None) -> float | None:
+    """The rate as a percentage of what the machine's measured peaks allow at this arithmetic intensity.
+
+    The roofline of Williams, Waterman and Patterson (Comm. ACM 52, 2009): min(matrix rate, intensity x copy bandwidth).
+
+    Args:
+        record: a row.
+        peaks: as `mdnbench peaks` stores them; None where nothing was measured.
+    """
+    rate, intensity = tflops(record), arithmetic_intensity(record)
+    peak = ((peaks or {}).get("matmul_flops_per_s") or {}).get(record.point.workload.dtype)
+    bandwidth = (peaks or {}).get("copy_bytes_per_s")
+    if not (rate and intensity and peak and bandwidth):
+        return None
+    return 100 * rate * 1e12 / min(peak, intensity * bandwidth)
+
+
+def host_overheads_ms(records: Sequence[Record]) -> dict[Point, float]:
+    """For each eager point that was measured as a graph too: eager minus graph, what the host adds to a call.
+
+    It is the part that the device waits for. Below zero means that the two are equal within their noise.
+    """
+    graphs = {replace(record.point, regime=record.point.regime.replace("graph", "eager")): latency_ms(record)
+              for record in records if record.point.launch == "graph"}  # fmt: skip
+    eager = {record.point: latency_ms(record) for record in records if record.point.launch == "eager"}
+    return {
+        point: latency - graphs[point] for point, latency in eager.items() if latency is not None and graphs.get(point)
+    }
+
+
+def sm_clock_mhz(record: Record) -> float | None:
+    """Median SM clock while the samples were taken; right after the blocks where these were too short to look into."""
+    for at in ("during", "after"):
+        clocks = [it.sm_clock_mhz for block in record.gpu for it in block if it.at == at and it.sm_clock_mhz]
+        if clocks:
+            return statistics.median(clocks)
+    return None
+
+
+def slowed_by(record: Record) -> tuple[str, ...]:
+    """What kept the GPU's clocks down while samples were taken or right after; empty when nothing did."""
+    readings = (reading for block in record.gpu for reading in block if reading.at != "before")
+    return tuple(dict.fromkeys(name for reading in readings for name in reading.slowed_by))
+
+
 class Metric(NamedTuple):
     """One number a record has for reports, None where it has none."""
 
@@ -99,5 +234,9 @@ METRICS: dict[str, Metric] = {
     "peak_memory_bytes": Metric("Peak memory", "bytes", lambda record: record.peak_memory_bytes, False),
     "saved_memory_bytes": Metric("Saved for backward", "bytes", lambda record: record.saved_memory_bytes, False),
     "max_relative_error": Metric("Largest relative error", None, max_relative_error, False),
+    "tflops": Metric("Matrix rate", "TFLOP/s", tflops, True),
+    "gbps": Metric("Bandwidth, least bytes", "GB/s", gbps, True),
+    "arithmetic_intensity": Metric("Arithmetic intensity", "FLOP/byte", arithmetic_intensity, True),
+    "sm_clock_mhz": Metric("SM clock", "MHz", sm_clock_mhz, True),
     "first_call_s": Metric("First call", "s", lambda record: record.first_call_s, False),
 }

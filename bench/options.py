@@ -84,6 +84,8 @@ def sweep_spec(preset: str | None, given: Mapping[str, Any], cuda_devices: int, 
         "gates": ("gates", parse_gates),
         "name": ("name", _run_name),
         "time_limit": ("time_limit_s", lambda text: parse.parse_seconds("--time-limit", text)),
+        "min_time": ("min_time_s", lambda text: parse.parse_seconds("--min-time", text)),
+        "precision": ("precision", lambda text: parse.parse_percent("--precision", text)),
         "batch": ("batch", lambda text: parse.parse_int("--batch", text)),
         "heads": ("heads", lambda text: parse.parse_int("--heads", text)),
         "value_heads": ("value_heads", lambda text: parse.parse_int("--value-heads", text)),
@@ -171,8 +173,12 @@ def _check_together(values: Mapping[str, Any], device: str) -> None:
     if value_heads and value_heads % heads:
         right = ", ".join(str(heads * factor) for factor in (1, 2, 3))
         raise ValueError(f"--value-heads {value_heads} is not a multiple of --heads {heads}: use {right}, ...")
-    if device == "cpu" and "graph" in values.get("regimes", ()):
-        raise ValueError("--regime graph needs a GPU, and the device is cpu: use --regime eager")
+    other = [regime for regime in values.get("regimes", ()) if regime != "eager"] if device == "cpu" else ()
+    if other and values["regimes"] != AUTO:
+        raise ValueError(f"--regime {other[0]} needs a GPU, and the device is cpu: use --regime eager")
+    limit, least = values.get("time_limit_s", SweepSpec.time_limit_s), values.get("min_time_s")
+    if least is not None and least > limit:
+        raise ValueError(f"--min-time {least:g} is above --time-limit {limit:g}: raise the limit")
 
 
 def _head_dims(given: Mapping[str, Any], preset_pairs: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:

@@ -83,6 +83,21 @@ def parse_int(option: str, text: str, least: int = 1) -> int:
     return int(text)
 
 
+def parse_percent(option: str, text: str) -> float:
+    """A part of 1: "3%" and "0.03" are 0.03.
+
+    Raises:
+        ValueError: for anything that is no number from 0 to below 1.
+    """
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise ValueError(f"{option} {text!r} is not between 0% and 100%: write for example {option} 3%")
+    return value
+
+
 def parse_seconds(option: str, text: str) -> float:
     """A number of seconds above 0.
 

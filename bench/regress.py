@@ -239,8 +239,8 @@ def compare_records(
             continue
         part = (1 + CONFIDENCE) / 2
         first, second = (
-            metrics.median_interval(before.samples_ms, part),
-            metrics.median_interval(after.samples_ms, part),
+            metrics.sampled_interval(before.samples_ms, part),
+            metrics.sampled_interval(after.samples_ms, part),
         )
         change = _change(point, rows, "undecided")
         centre = math.log(change.latency_ms.ratio)

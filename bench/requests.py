@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from .results import Point
 
+TIMED_CALLS = "the timed calls"  # the phase in which samples are taken
+
 
 @dataclass(frozen=True)
 class Prepare:
@@ -43,6 +45,7 @@ class Prepared:
     peak_memory_bytes: int | None = None
     saved_memory_bytes: int | None = None
     threads: int | None = None
+    input_sets: int | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -20,7 +20,10 @@ from mdnbench.baselines.workload import Workload
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.jsonl"
 MODES = ("forward", "backward", "forward_backward")
-REGIMES = ("eager", "graph")  # how calls reach the device: launched one by one, or replayed from a CUDA graph
+# How calls reach the device (launched one by one, or replayed from a CUDA graph), and what its L2 cache holds before
+# each: nothing of the call's on a GPU, or, "-warm", what the call before left there. On a CPU nothing is emptied.
+REGIMES = ("eager", "graph", "eager-warm", "graph-warm")
+STOP_REASONS = ("precise", "time limit", "most samples", "long calls")
 STATUSES = ("ok", "unsupported", "incorrect", "out_of_memory", "timeout", "crashed", "error")
 
 
@@ -39,9 +42,41 @@ class Point:
         return f"{self.provider} {self.mode} {self.regime} {self.workload.label()}"
 
     @property
+    def launch(self) -> str:
+        """How calls reach the device: "eager" or "graph"."""
+        return self.regime.partition("-")[0]
+
+    @property
+    def cache(self) -> str:
+        """What the last-level cache holds before a call: "cold" or, always so on a CPU, "warm"."""
+        return "warm" if self.regime.endswith("-warm") or self.workload.device == "cpu" else "cold"
+
+    @property
     def group(self) -> Point:
         """The same for points that differ in provider and chunk size alone: those that are measured in alternation."""
         return replace(self, provider="", workload=self.workload.with_(chunk_size=None))
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """What NVML says of a GPU at one moment; None where it does not say.
+
+    Attributes:
+        at: "before", "during" or "after" a block of samples.
+        sm_clock_mhz, memory_clock_mhz: present clocks.
+        power_w, power_limit_w: what it draws, and may draw.
+        temperature_c: of the chip.
+        slowed_by: why the clocks are below what the GPU could do: of "power cap", "hardware slowdown", "heat",
+            "power brake", "sync boost"; empty when they are not, or when idle.
+    """
+
+    at: str
+    sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    temperature_c: int | None = None
+    slowed_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +110,14 @@ class Record:
     checked_seq_len: int | None = None  # sequence length of the correctness check, which may be shortened
     threads: int | None = None  # CPU threads in use; None on a GPU
     notes: tuple[str, ...] = ()  # what the provider says about its rows, such as a check of its package passed over
+    flops: int | None = None  # of one call, by the operator's count
+    bytes: int | None = None  # that one call has to move at least
+    block_samples: tuple[int, ...] = ()  # how many of the samples each block holds: between blocks others were measured
+    gpu: tuple[tuple[GpuReading, ...], ...] = ()  # readings by block; empty on a CPU and without NVML
+    input_sets: int | None = None  # the calls take so many sets of inputs in turn
+    stop_reason: str | None = None  # why sampling ended: one of STOP_REASONS
+    precision: float | None = None  # part of the median that its interval was to stay within
+    idle_s: float | None = None  # pauses between blocks because the GPU was at its power or heat limit
     schema_version: int = SCHEMA_VERSION
 
     def to_row(self) -> dict[str, Any]:
@@ -86,6 +129,8 @@ class Record:
             "workload": self.point.workload.to_dict(),
             "mode": self.point.mode,
             "regime": self.point.regime,
+            "launch": self.point.launch,
+            "cache": self.point.cache,
         }
         for field in fields(self):
             if field.name not in ("point", "operator", "schema_version"):
@@ -110,10 +155,17 @@ class Record:
         try:
             point = Point(row["provider"], Workload.from_dict(row["workload"]), row["mode"], row["regime"])
             values = {name: value for name, value in row.items() if name in known}
-            lists = {name: tuple(row.get(name) or ()) for name in ("samples_ms", "notes")}
-            return cls(point, **values | lists)
+            lists = {name: tuple(row.get(name) or ()) for name in ("samples_ms", "notes", "block_samples")}
+            gpu = tuple(tuple(map(_reading, block)) for block in row.get("gpu") or ())
+            return cls(point, **values | lists | {"gpu": gpu})
         except (KeyError, TypeError) as fault:
             raise ValueError(f"this is no row of results: {type(fault).__name__}: {fault}") from None
+
+
+def _reading(values: dict[str, Any]) -> GpuReading:
+    known = {field.name for field in fields(GpuReading)}
+    values = {name: value for name, value in values.items() if name in known}
+    return GpuReading(**values | {"slowed_by": tuple(values.get("slowed_by") or ())})
 
 
 def now() -> str:
@@ -189,4 +241,6 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, GpuReading):  # without what is absent: a row holds dozens
+        return {name: item for name, item in _plain(vars(value)).items() if item not in (None, [])}
     return value

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mdnbench.baselines.workload import Workload
 
 from .results import MODES, REGIMES, Point
 
+if TYPE_CHECKING:
+    from mdnbench.baselines.provider import Operator
+
 SETUP_LIMIT_S = {"cpu": 120.0, "cuda": 600.0}  # peers on a GPU autotune for minutes
 SETUP_ESTIMATE_S = {"cpu": 0.4, "cuda": 5.0}
 WORKER_START_ESTIMATE_S = 5.0
+MIN_TIME_PART = 10  # of the time limit: clocks need some time to rise, whatever the first samples say
 
 _LISTS = ("providers", "seq_lens", "head_dims", "chunk_sizes", "dtypes", "modes", "regimes")
 
@@ -30,12 +34,13 @@ class SweepSpec:
         chunk_sizes: for the providers that have chunks; the others are measured once.
         dtypes: of "float32", "float16", "bfloat16".
         modes: of `results.MODES`.
-        regimes: of `results.REGIMES`; "graph" on a GPU only.
+        regimes: of `results.REGIMES`; on a CPU "eager" only.
         batch, heads, value_heads: as in `Workload`.
         device: "cpu", "cuda" or "cuda:N".
         gates: name of the gate profile.
         seed: of the timed inputs; the check uses the next one.
-        precision: sampling stops when the 95 % confidence interval of the median is within this part of it.
+        precision: sampling stops when half of the 95 % confidence interval of the median is within this part of it.
+        min_time_s: a point is sampled for at least so many seconds, precise or not; None means a tenth of the limit.
         time_limit_s: sampling of a point stops after so many seconds, precise or not, but not before 6 samples, which
             an interval needs; 3 where one call alone takes longer than this.
         setup_limit_s: a point may take so long to build, run once and be checked; None means 120 s on a CPU and 600 s
@@ -61,7 +66,8 @@ class SweepSpec:
     device: str = "cpu"
     gates: str = "mild"
     seed: int = 0
-    precision: float = 0.01
+    precision: float = 0.005
+    min_time_s: float | None = None
     time_limit_s: float = 1.0
     setup_limit_s: float | None = None
     run_limit_s: float = 60.0
@@ -79,17 +85,27 @@ class SweepSpec:
                     raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(known)}")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device={self.device!r} is unknown: choose cpu, cuda or cuda:N")
-        if self.device == "cpu" and "graph" in self.regimes:
-            raise ValueError("regimes='graph' needs a GPU: device='cpu' runs regime 'eager' only")
-        for name in ("precision", "time_limit_s", "setup_limit_s", "run_limit_s", "memory_limit_bytes"):
+        for regime in self.regimes if self.device == "cpu" else ():
+            if regime != "eager":
+                raise ValueError(f"regimes={regime!r} needs a GPU: device='cpu' runs regime 'eager' only")
+        for name in ("precision", "min_time_s", "time_limit_s", "setup_limit_s", "run_limit_s", "memory_limit_bytes"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r} must be above 0")
+        if self.min_time_s is not None and self.min_time_s > self.time_limit_s:
+            raise ValueError(
+                f"min_time_s={self.min_time_s!r} is above time_limit_s={self.time_limit_s!r}: raise the limit"
+            )
 
     @property
     def device_kind(self) -> str:
         """The device without its number: "cpu" or "cuda"."""
         return self.device.partition(":")[0]
+
+    @property
+    def min_seconds(self) -> float:
+        """`min_time_s`, or its default."""
+        return self.time_limit_s / MIN_TIME_PART if self.min_time_s is None else self.min_time_s
 
     @property
     def setup_seconds(self) -> float:
@@ -128,11 +144,11 @@ def plan(spec: SweepSpec) -> list[Point]:
     ]
 
 
-def operator_names(providers: Sequence[str]) -> dict[str, str]:
-    """The name of each provider's operator, by the provider's name."""
+def operators_of(providers: Sequence[str]) -> dict[str, Operator]:
+    """Each provider's operator, by the provider's name."""
     from mdnbench.baselines.registry import get_provider
 
-    return {name: get_provider(name).operator.name for name in providers}
+    return {name: get_provider(name).operator for name in providers}
 
 
 def providers_alone(providers: Sequence[str]) -> set[str]:

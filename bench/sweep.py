@@ -10,14 +10,16 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from . import metrics
+from .costs import costs
+from .gpu_state import GpuMonitor, needs_rest
 from .requests import Block, Failure, PointFailed, Prepare, Prepared
-from .results import SCHEMA_VERSION, Point, Record, append_record, now, read_records, results_path
-from .spec import SweepSpec, estimate_seconds, first_difference, operator_names, plan, providers_alone
+from .results import SCHEMA_VERSION, GpuReading, Point, Record, append_record, now, read_records, results_path
+from .spec import SweepSpec, estimate_seconds, first_difference, operators_of, plan, providers_alone
 from .worker import MEMORY_LIMIT_FRACTION, Workers, available_memory_bytes
 
 __all__ = ["Progress", "Summary", "SweepSpec", "estimate_seconds", "plan", "run_sweep"]
@@ -35,6 +37,7 @@ MIN_SAMPLES = 6  # fewer have no 95 % interval
 MIN_SAMPLES_OF_LONG_CALLS = 3  # of calls that each take longer than the time limit of the point
 MAX_SAMPLES = 2000  # the interval of the median is 4 % of the ranks wide then
 MAX_SAMPLES_PER_BLOCK = 200
+REST_S = 0.5  # after a block in which the GPU was at its limit of power or heat
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def run_sweep(
             run.measure_group(list(group))
     finally:
         run.workers.stop()
+        run.monitor.close()
     statuses = Counter(record.status for record in run.finished.values())
     return Summary(folder, dict(statuses), len(remaining), len(kept), time.monotonic() - run.started)
 
@@ -159,16 +163,24 @@ class _Sampling:
     point: Point
     found: Prepared
     samples_ms: list[float] = field(default_factory=list)
-    blocks: int = 0
+    block_samples: list[int] = field(default_factory=list)
+    gpu: list[tuple[GpuReading, ...]] = field(default_factory=list)
     seconds: float = 0.0
+    idle_s: float = 0.0
 
-    def is_done(self, spec: SweepSpec) -> bool:
+    def stop_reason(self, spec: SweepSpec) -> str | None:
+        """Why sampling ends now, one of `results.STOP_REASONS`; None while it goes on."""
         long = metrics.median(self.samples_ms) / 1e3 > spec.time_limit_s
         if len(self.samples_ms) < (MIN_SAMPLES_OF_LONG_CALLS if long else MIN_SAMPLES):
-            return False
-        if self.seconds >= spec.time_limit_s or len(self.samples_ms) >= MAX_SAMPLES:
-            return True
-        return self.blocks >= MIN_BLOCKS and metrics.is_precise(self.samples_ms, spec.precision)
+            return None
+        enough = self.seconds >= spec.min_seconds and len(self.block_samples) >= MIN_BLOCKS
+        if enough and metrics.is_precise(self.samples_ms, spec.precision):
+            return "precise"
+        if len(self.samples_ms) >= MAX_SAMPLES:
+            return "most samples"
+        if self.seconds >= spec.time_limit_s:
+            return "long calls" if long else "time limit"
+        return None
 
 
 class _Run:
@@ -185,7 +197,8 @@ class _Run:
         self.spec, self.folder, self.on_event, self.total = spec, folder, on_event, total
         self.finished = dict(kept)
         self.kept = len(kept)
-        self.operators = operator_names(spec.providers)
+        self.operators = operators_of(spec.providers)
+        self.monitor = GpuMonitor(spec.device)
         self.started = time.monotonic()
         memory_limit_bytes = spec.memory_limit_bytes or int(MEMORY_LIMIT_FRACTION * available_memory_bytes())
         alone = providers_alone(spec.providers)
@@ -208,9 +221,9 @@ class _Run:
                     self._take_block(sampling)
                 except PointFailed as stop:
                     failure = stop.failure
-                if failure or sampling.is_done(self.spec):
+                if failure or sampling.stop_reason(self.spec):
                     active.remove(sampling)
-                    self._finish(sampling.point, sampling.found, sampling.samples_ms, failure)
+                    self._finish(sampling.point, sampling.found, sampling, failure)
 
     def _prepare(self, point: Point, full: bool) -> Prepared:
         request = Prepare(point, self.spec.seed, full)
@@ -223,17 +236,37 @@ class _Run:
             self._prepare(point, full=False)  # it was checked in a worker that another point has ended
         seconds = min(spec.time_limit_s / BLOCKS_PER_POINT, MAX_BLOCK_S)
         count = min(MAX_SAMPLES_PER_BLOCK, MAX_SAMPLES - len(sampling.samples_ms))
+        watch = self.monitor.watch()
         start = time.monotonic()
-        sampling.samples_ms += worker.block(Block(point, seconds, count), spec.run_limit_s + seconds)
-        sampling.seconds += time.monotonic() - start
-        sampling.blocks += 1
+        samples = worker.block(Block(point, seconds, count), spec.run_limit_s + seconds, watch)
+        took = time.monotonic() - start
+        sampling.seconds += min(took, max(seconds, sum(samples) / 1e3))  # capturing graphs is not sampling
+        sampling.samples_ms += samples
+        sampling.block_samples.append(len(samples))
+        readings = watch.end()
+        if readings:
+            sampling.gpu.append(readings)
+        if needs_rest(readings):  # the next block, of whichever provider, starts from a rested GPU
+            time.sleep(REST_S)
+            sampling.idle_s += REST_S
 
     def _finish(
-        self, point: Point, found: Prepared, samples_ms: Sequence[float] = (), failure: Failure | None = None
+        self, point: Point, found: Prepared, sampling: _Sampling | None = None, failure: Failure | None = None
     ) -> None:
         """Write the row of a point."""
         operator = self.operators[point.provider]
-        record = make_record(point, operator, self.spec.seed, found, samples_ms, failure)
+        record = make_record(
+            point, operator.name, self.spec.seed, found, sampling.samples_ms if sampling else (), failure
+        )
+        record = replace(record, **costs(operator, point), precision=self.spec.precision)
+        if sampling:
+            record = replace(
+                record,
+                block_samples=tuple(sampling.block_samples),
+                gpu=tuple(sampling.gpu),
+                stop_reason=None if failure else sampling.stop_reason(self.spec),
+                idle_s=sampling.idle_s if self.monitor.available else None,
+            )
         append_record(self.folder, record)
         self.finished[point] = record
         self._tell("finished", point, record)
@@ -258,7 +291,7 @@ def make_record(
 ) -> Record:
     """The row of a point, dated now. One that failed keeps its samples and has no speed."""
     latency = metrics.median(samples_ms) if samples_ms and not failure else None
-    low, high = (metrics.median_interval(samples_ms) if latency is not None else None) or (None, None)
+    low, high = (metrics.sampled_interval(samples_ms) if latency is not None else None) or (None, None)
     return Record(
         point=point,
         operator=operator,
@@ -277,5 +310,6 @@ def make_record(
         relative_error=found.relative_error,
         checked_seq_len=found.checked_seq_len,
         threads=found.threads,
+        input_sets=found.input_sets,
         notes=found.notes,
     )

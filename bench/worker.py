@@ -9,14 +9,14 @@ import multiprocessing.connection
 import os
 import signal
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from . import worker_process
-from .requests import Block, Check, Failure, Phase, PointFailed, Prepare, Prepared
+from .requests import TIMED_CALLS, Block, Check, Failure, Phase, PointFailed, Prepare, Prepared
 from .results import Point
 
 POLL_S = 0.03
@@ -87,9 +87,12 @@ class Worker:
         """Check a point. Raises as `prepare`."""
         return self._ask(request, limit_s, "check")
 
-    def block(self, request: Block, limit_s: float) -> list[float]:
-        """Samples in ms of a point that this worker has prepared. Raises as `prepare`."""
-        return self._ask(request, limit_s, "one block of samples")
+    def block(self, request: Block, limit_s: float, watch: Callable[[], None] | None = None) -> list[float]:
+        """Samples in ms of a point that this worker has prepared. Raises as `prepare`.
+
+        `watch` is called again and again, in this process, while samples are taken.
+        """
+        return self._ask(request, limit_s, "one block of samples", watch)
 
     def stop(self) -> None:
         """End the process at once."""
@@ -98,19 +101,19 @@ class Worker:
         self._process.join(timeout=STOP_LIMIT_S)  # a process that waits for a driver cannot be killed
         self._connection.close()
 
-    def _ask(self, request: Any, limit_s: float, work: str) -> Any:
+    def _ask(self, request: Any, limit_s: float, work: str, watch: Callable[[], None] | None = None) -> Any:
         try:
             self._connection.send(request)
         except OSError:
             raise self._died() from None
-        answer = self._await(limit_s, work)
+        answer = self._await(limit_s, work, watch)
         if not isinstance(answer, Failure):
             return answer
         if not answer.healthy:
             self.stop()
         raise PointFailed(answer)
 
-    def _await(self, limit_s: float, work: str) -> Any:
+    def _await(self, limit_s: float, work: str, watch: Callable[[], None] | None = None) -> Any:
         """The next answer; PointFailed when the process ends, or goes beyond a limit and is ended."""
         deadline = time.monotonic() + limit_s
         process = psutil.Process(self._process.pid)
@@ -126,6 +129,8 @@ class Worker:
                 raise self._died() from None
             if not self._process.is_alive():
                 raise self._died()
+            if watch is not None and self._phase == TIMED_CALLS:
+                watch()
             with contextlib.suppress(psutil.Error):  # it ended just now
                 used = process.memory_info().rss
                 self._highest_bytes = max(self._highest_bytes, used)

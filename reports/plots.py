@@ -42,6 +42,18 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "mdnbench",  # the same data gives the same file
 }
+PAPER_STYLE = STYLE | {
+    "font.family": "serif",
+    "font.serif": ["Times New Roman", "Nimbus Roman", "STIXGeneral", "DejaVu Serif"],
+    "mathtext.fontset": "stix",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "grid.linewidth": 0.4,
+    "lines.linewidth": 1.0,
+}
+STYLES = {"screen": STYLE, "paper": PAPER_STYLE}
 
 
 @dataclass(frozen=True)
@@ -65,18 +77,30 @@ Way = tuple[str, str, str, int, str]  # device, dtype, gates, index of the mode,
 Panels = dict[tuple[Shape, Way], list[Row]]
 
 
-def write_plots(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write `throughput` and `memory` as .png and .svg; a quantity that no point has is left out.
+def check_style(name: str) -> None:
+    """Raises a ValueError for a name that is no style of figures."""
+    if name not in STYLES:
+        raise ValueError(f"--style {name!r} is unknown: choose from {', '.join(STYLES)}")
+
+
+def write_plots(runs: Sequence[Run], folder: Path, style_name: str = "screen") -> list[Path]:
+    """Write `throughput`, `memory` and `roofline` as .png and .svg; what no point has is left out.
+
+    The style "paper" has serif letters, and leaves titles and footers to the caption.
 
     A panel holds one shape and one kind of device, dtype, gate profile, mode and regime: CPU and GPU rows, or eager and
     graph rows, never share one.
     """
     import matplotlib
 
+    from . import roofline
+
     written = []
-    with matplotlib.rc_context(STYLE):
-        for name, quantity in FIGURES.items():
-            figure = draw(runs, quantity)
+    with matplotlib.rc_context(STYLES[style_name]):
+        bare = style_name == "paper"
+        figures = {name: draw(runs, quantity, bare) for name, quantity in FIGURES.items()}
+        figures["roofline"] = roofline.draw(runs, bare)
+        for name, figure in figures.items():
             if figure is None:
                 continue
             for suffix, options in ((".png", {"dpi": PNG_DPI}), (".svg", {"metadata": {"Date": None}})):
@@ -86,8 +110,8 @@ def write_plots(runs: Sequence[Run], folder: Path) -> list[Path]:
     return written
 
 
-def draw(runs: Sequence[Run], quantity: Quantity) -> Figure | None:
-    """The figure of one quantity, None when no point has it.
+def draw(runs: Sequence[Run], quantity: Quantity, bare: bool = False) -> Figure | None:
+    """The figure of one quantity, None when no point has it; `bare` leaves out title and footer.
 
     Line styles tell chunk sizes apart. With several runs they tell the runs apart instead, and with more than
     MOST_LINES lines in a panel nothing: each provider is then drawn at its fastest chunk size, and the footer says so.
@@ -112,12 +136,12 @@ def draw(runs: Sequence[Run], quantity: Quantity) -> Figure | None:
     in_row = {way: [shape for shape in shapes if (shape, way) in panels] for way in ways}
     columns = max(map(len, in_row.values()))
     width = PANEL_INCHES[0] * columns + LEGEND_INCHES
-    footer = _footer(runs, rows, quantity, fastest, characters=int(width * 18))
-    below, above = 0.15 * (footer.count("\n") + 1) + 0.15, 0.35
+    footer = "" if bare else _footer(runs, rows, quantity, fastest, characters=int(width * 18))
+    below, above = (0.02, 0.02) if bare else (0.15 * (footer.count("\n") + 1) + 0.15, 0.35)
     height = PANEL_INCHES[1] * len(ways) + below + above
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(rect=(0, below / height, 1, 1 - (below + above) / height), hspace=0.05)
-    title = f"{quantity.title} against sequence length"
+    title = "" if bare else f"{quantity.title} against sequence length"
     figure.text(0.1 / width, 1 - 0.1 / height, title, va="top", size=10, weight="bold")
     figure.text(0.1 / width, 0.08 / height, footer, va="bottom", size=7, color="#444444", linespacing=1.3)
 
@@ -183,6 +207,10 @@ def _draw_panel(
         x, y = [row["seq_len"] for row in found], [row[quantity.metric] for row in found]
         look = looks[provider]
         axes.plot(x, y, color=look.colour, marker=look.marker, linestyle=styles.get(value, "-"), alpha=0.9)
+        held = [index for index, row in enumerate(found) if row["slowed_by"]]
+        if held:  # open markers
+            at = [x[index] for index in held], [y[index] for index in held]
+            axes.plot(*at, color=look.colour, marker=look.marker, linestyle="none", markerfacecolor="white", zorder=3)
         if quantity.metric == "tokens_per_s":
             _draw_intervals(axes, found, look.colour)
 
@@ -254,7 +282,9 @@ def _shape_title(shape: Shape, shapes: Sequence[Shape]) -> str:
 def _way_title(way: Way, ways: Sequence[Way]) -> str:
     """The mode always; device, dtype, gates and regime where rows of panels differ in them."""
     device, dtype, gates, mode, regime = way
-    texts = (device, dtype, f"gates {gates}", None, f"{regime} calls" if regime == "eager" else f"CUDA {regime}")
+    launch, _, cache = regime.partition("-")
+    calls = (f"{launch} calls" if launch == "eager" else f"CUDA {launch}") + (f", {cache} L2" if cache else "")
+    texts = (device, dtype, f"gates {gates}", None, calls)
     different = [text for index, text in enumerate(texts) if text and len({other[index] for other in ways}) > 1]
     return ", ".join([style.MODE_TITLES[MODES[mode]], *different])
 
@@ -270,6 +300,8 @@ def _footer(runs: Sequence[Run], rows: Sequence[Row], quantity: Quantity, fastes
         notes.append("Each provider at its fastest chunk size for that length.")
     if quantity.metric == "tokens_per_s":
         notes.append("Upright bars: 95 % confidence interval of the median.")
+    if any(row["slowed_by"] for row in rows):
+        notes.append("Open markers: the GPU was held back (power, heat).")
     missing = sum(record.status != "ok" for run in runs for record in run.records)
     if missing:
         notes.append(f"{missing} points without a time are not drawn: see the table.")

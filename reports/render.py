@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import tables
+from mdnbench.bench.quality import clock_drift, summary
+
+from . import style, tables
 from .runs import Run, describe
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ NOTES = (
     "Time: median, ± half of its 95 % confidence interval, or (n=samples) where they are too few for one. MiB: peak "
     "memory. Error: worst relative error of the output and gradients against float64."
 )
+THROTTLE_NOTE = f"{style.THROTTLED.strip()} marks times taken while the GPU was held back: see the notes."
 
 
 def markdown(runs: Sequence[Run]) -> str:
@@ -24,13 +27,17 @@ def markdown(runs: Sequence[Run]) -> str:
     for run in runs:
         name = f"{run.name}: " if len(runs) > 1 else ""
         lines += [f"{name}{describe(run.environment) or 'environment not recorded'}", ""]
-    lines += [f"Every row: {tables.constants(rows)}. {NOTES}", ""]
+    throttled = f" {THROTTLE_NOTE}" if any(row["slowed_by"] for row in rows) else ""
+    lines += [f"Every row: {tables.constants(rows)}. {NOTES}{throttled}", ""]
     for block in tables.blocks(rows):
         lines += [f"## {block.title}", "", _line(block.header)]
         lines += [_line(["---:" if numeric else "---" for numeric in block.numeric])]
         lines += [_line([f"**{cell.text}**" if cell.best else cell.text for cell in row]) for row in block.rows]
         lines += [""]
     lines += [line for note in tables.notes(rows) for line in (f"Note on {note}.", "")]
+    seen = measurement_notes(runs)
+    if seen:
+        lines += ["## Notes on the measurements", "", *(f"- {text}." for text in seen), ""]
     failures = tables.failures(rows)
     if failures:
         lines += ["## Without a time", "", _line(["status", "points", "providers", "reason"]), _line(["---"] * 4)]
@@ -40,6 +47,15 @@ def markdown(runs: Sequence[Run]) -> str:
         ]
         lines += [""]
     return "\n".join([*lines, f"{tables.counts(rows)}.", ""])
+
+
+def measurement_notes(runs: Sequence[Run]) -> list[str]:
+    """What was seen in the samples and the GPU's state, a sentence each with its remedy."""
+    found = []
+    for run in runs:
+        name = f"{run.name}: " if len(runs) > 1 else ""
+        found += [name + text for text in (clock_drift(run.records), *summary(run.records)) if text]
+    return found
 
 
 def _line(texts: Sequence[str]) -> str:
@@ -65,6 +81,9 @@ def show(console: Console, runs: Sequence[Run]) -> None:
     for note in tables.notes(rows):
         console.print()
         console.print(Text(f"Note on {note}."))
+    for text in measurement_notes(runs):
+        console.print()
+        console.print(Text(f"{text}."))
     failures = tables.failures(rows)
     if failures:
         console.print()
@@ -75,6 +94,8 @@ def show(console: Console, runs: Sequence[Run]) -> None:
     console.print()
     if any(cell.best for block in blocks for row in block.rows for cell in row):
         console.print(Text(f"{'* is' if plain else 'Bold is'} the best of its problem.", style="dim"))
+    if any(row["slowed_by"] for row in rows):
+        console.print(Text(THROTTLE_NOTE, style="dim"))
     if blocks:
         console.print(Text(NOTES, style="dim"))
     console.print(Text(f"{tables.counts(rows)}."))

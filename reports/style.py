@@ -30,6 +30,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 LINE_STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
+THROTTLED = " !"  # beside a time that was taken while the GPU was held back
+
+
 def operator_rank(operator: str) -> tuple[int, str]:
     """A sort key: the operators of mdnbench in the order of their list above, then others by alphabet."""
     known = list(OPERATOR_TITLES)
@@ -69,8 +72,8 @@ def count(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Three significant digits with a decimal unit: 987, 12.3k, 4.56M, 1.2G."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    """Three significant digits with a decimal unit: 987, 12.3k, 4.56M, 1.2G, 4.3T."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size * 0.9995:
             return f"{_digits(value / size)}{unit}"
     return _digits(value)

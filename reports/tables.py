@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mdnbench.bench.metrics import METRICS
+from mdnbench.bench.metrics import METRICS, host_overheads_ms, percent_of_roofline, sampled_interval, slowed_by
+from mdnbench.bench.quality import notes as quality_notes
 from mdnbench.bench.results import MODES, Record
 
 from . import style
@@ -75,25 +76,46 @@ class Failure:
 
 
 def to_rows(runs: Sequence[Run]) -> list[Row]:
-    """One flat dictionary a record: point, status, every metric, and the error of the worst tensor. No samples."""
-    return [_row(run.name, record) for run in runs for record in run.records]
+    """One flat dictionary a record: point, status, every metric, and the error of the worst tensor. No samples.
+
+    `host_overhead_ms` is eager minus graph, where both were measured; `percent_of_roofline` needs the peaks of the
+    machine (`mdnbench peaks`).
+    """
+    rows = []
+    for run in runs:
+        overheads = host_overheads_ms(run.records)
+        rows += [_row(run, record, overheads.get(record.point)) for record in run.records]
+    return rows
 
 
-def _row(run: str, record: Record) -> Row:
+def _row(run: Run, record: Record, host_overhead_ms: float | None) -> Row:
     point = record.point
+    # From the samples where they are enough: rows of earlier versions hold intervals without the correction.
+    there = record.latency_ms is not None
+    low, high = (sampled_interval(record.samples_ms) if there else None) or (
+        record.latency_low_ms,
+        record.latency_high_ms,
+    )
     return {
-        "run": run,
+        "run": run.name,
         "operator": record.operator,
         "provider": point.provider,
         **point.workload.to_dict(),
         "mode": point.mode,
         "regime": point.regime,
+        "cache": point.cache,
         "status": record.status,
         "reason": record.reason,
         **{name: metric.function(record) for name, metric in METRICS.items()},
-        "latency_low_ms": record.latency_low_ms,
-        "latency_high_ms": record.latency_high_ms,
+        "percent_of_roofline": percent_of_roofline(record, run.environment.get("peaks")),
+        "host_overhead_ms": host_overhead_ms,
+        "latency_low_ms": low,
+        "latency_high_ms": high,
         "samples": len(record.samples_ms),
+        "stop_reason": record.stop_reason,
+        "slowed_by": " and ".join(slowed_by(record)) or None,
+        "quality": ", ".join(note.kind for note in quality_notes(record)) or None,
+        "input_sets": record.input_sets,
         "checked_seq_len": record.checked_seq_len,
         "threads": record.threads,
         "notes": "; ".join(record.notes) or None,
@@ -175,15 +197,15 @@ def _block(operator: str, rows: list[Row], varying: Sequence[str]) -> Block:
     rows = sorted(rows, key=lambda row: tuple(_key(row, key) for key in _KEYS))
     best = _best(rows)
     square = all(row["head_dim_k"] == row["head_dim_v"] for row in rows)
-    header = ["K=V" if key == "head_dims" and square else _KEYS[key][0] for key in keys] + [
-        title for title, _ in _VALUES.values()
-    ]
+    values = [name for name in _VALUES if name in _ALWAYS or any(row[name] is not None for row in rows)]
+    header = ["K=V" if key == "head_dims" and square else _KEYS[key][0] for key in keys]
+    header += [_VALUES[name][0] for name in values]
     cells = [
         [Cell(str(row["head_dim_k"]) if key == "head_dims" and square else _KEYS[key][1](row)) for key in keys]
-        + [Cell(_text(row, name), (index, name) in best) for name in _VALUES]
+        + [Cell(_text(row, name), (index, name) in best) for name in values]
         for index, row in enumerate(rows)
     ]
-    numeric = [key in ("batch", "heads", "head_dims", "seq_len", "chunk_size") for key in keys] + [True] * len(_VALUES)
+    numeric = [key in ("batch", "heads", "head_dims", "seq_len", "chunk_size") for key in keys] + [True] * len(values)
     return Block(title, header, cells, numeric)
 
 
@@ -191,12 +213,22 @@ def _block(operator: str, rows: list[Row], varying: Sequence[str]) -> Block:
 _VALUES: dict[str, tuple[str, Callable[[Row], str]]] = {
     "latency_ms": (
         "time ms",
-        lambda row: style.time_ms(row["latency_ms"], row["latency_low_ms"], row["latency_high_ms"], row["samples"]),
+        lambda row: (
+            style.time_ms(row["latency_ms"], row["latency_low_ms"], row["latency_high_ms"], row["samples"])
+            + (style.THROTTLED if row["slowed_by"] else "")
+        ),
     ),
+    "host_overhead_ms": ("host ms", lambda row: f"{row['host_overhead_ms']:.3g}"),
     "tokens_per_s": ("tokens/s", lambda row: style.rate(row["tokens_per_s"])),
+    "tflops": ("TFLOP/s", lambda row: f"{row['tflops']:.3g}"),
+    "percent_of_roofline": ("% roof", lambda row: f"{row['percent_of_roofline']:.3g}"),
     "peak_memory_bytes": ("MiB", lambda row: style.mebibytes(row["peak_memory_bytes"])),
     "max_relative_error": ("error", lambda row: style.error(row["max_relative_error"])),
 }
+
+
+_ALWAYS = ("latency_ms", "tokens_per_s", "peak_memory_bytes", "max_relative_error")  # the others where there are any
+_RANKED = _ALWAYS  # values whose best is marked
 
 
 def _text(row: Row, name: str) -> str:
@@ -211,7 +243,7 @@ def _best(rows: Sequence[Row]) -> set[tuple[int, str]]:
         problems[tuple(_key(row, key) for key in _KEYS if key not in _CHOICES)].append(index)
     best = set()
     for members in problems.values():
-        for name in _VALUES:
+        for name in _RANKED:
             there = [index for index in members if rows[index][name] is not None]
             if len(there) < 2:
                 continue

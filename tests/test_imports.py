@@ -15,8 +15,8 @@ ALLOWED = {
     "bench": {"bench", "baselines", "kernels"},
     "reports": {"reports", "bench"},
 }
-REPORTS_MAY_USE = {f"mdnbench.bench.{name}" for name in ("results", "metrics", "regress", "history")}
-REPORTS_MAY_BE_USED_BY = {"bench/cli.py", "bench/cli_regress.py", "bench/cli_track.py"}
+REPORTS_MAY_USE = {f"mdnbench.bench.{name}" for name in ("results", "metrics", "quality", "regress", "history")}
+REPORTS_MAY_BE_USED_BY = {f"bench/{path.name}" for path in (ROOT / "bench").glob("cli*.py")}
 KERNELS_MAY_BE_USED_BY = {"bench/tune.py", "bench/compile_launches.py"}
 
 
@@ -60,7 +60,7 @@ def test_import_direction(path: Path) -> None:
 
 def test_light_modules_load_no_torch() -> None:
     light = ["mdnbench.baselines.workload", "mdnbench.baselines.provider", "mdnbench.bench.results"]
-    light += ["mdnbench.bench.metrics", "mdnbench.bench.cli"]
+    light += ["mdnbench.bench.metrics", "mdnbench.bench.quality", "mdnbench.bench.cli"]
     light += [f"mdnbench.reports.{path.stem}" for path in (ROOT / "reports").glob("*.py") if path.stem != "__init__"]
     code = f"import sys, {', '.join(light)}; print([m for m in ('torch', 'triton') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -22,12 +23,20 @@ from mdnbench.bench.listing import capabilities
 from mdnbench.bench.results import read_records
 
 TINY = ("--preset", "ci", "--device", "cpu", "--seq-len", "32,64", "--time-limit", "0.02")
-REPORTS = ("table.md", "table.csv", "throughput.png", "throughput.svg", "memory.png", "memory.svg")
+REPORTS = ("table.md", "table.csv", "report.html", "throughput.png", "throughput.svg", "memory.png", "memory.svg")
 
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_stored_peaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Peaks that the user of this machine has stored would add figures and columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +57,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sweep --heads 2 --value-heads 3", "--value-heads 3 is not a multiple of --heads 2: use 2, 4, 6, ..."),
         ("sweep --seed -1", "--seed '-1' is not a whole number of at least 0"),
         ("sweep --time-limit 0", "--time-limit '0' is not a number of seconds above 0"),
+        ("sweep --min-time 2 --time-limit 1", "--min-time 2 is above --time-limit 1: raise the limit"),
+        ("sweep --precision x", "--precision 'x' is not between 0% and 100%"),
+        ("sweep --regime graph-warm --device cpu", "--regime graph-warm needs a GPU, and the device is cpu"),
         ("sweep --preset fast", "--preset 'fast' is unknown: choose from ci"),
         ("sweep --provider mdn-tortch", "--provider 'mdn-tortch' is unknown: did you mean mdn-torch?"),
         ("sweep --provider ,", "--provider ',' names nothing"),

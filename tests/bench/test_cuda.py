@@ -5,8 +5,9 @@ import torch
 
 from mdnbench.baselines.registry import providers
 from mdnbench.baselines.workload import Workload
-from mdnbench.bench import correctness, measure, memory
-from mdnbench.bench.results import read_records
+from mdnbench.bench import correctness, environment, measure, memory, peaks, profiling
+from mdnbench.bench.gpu_state import GpuMonitor
+from mdnbench.bench.results import REGIMES, read_records
 from mdnbench.bench.sweep import SweepSpec, run_sweep
 
 pytestmark = [
@@ -24,6 +25,51 @@ def test_events_time_the_call_and_not_the_flush_of_the_cache() -> None:
     assert 0.05 < one < 1  # 512 MiB moved
     assert 3 < four / one < 5
     assert sorted(time_calls(lambda: None, 20))[10] < 0.05
+
+
+def test_what_fits_into_the_cache_is_read_faster_when_it_is_warm() -> None:
+    x = torch.ones(8 * MIB, device="cuda", dtype=torch.uint8)
+    y = torch.empty_like(x)
+    cold, warm = (sorted(measure.time_on_cuda(cold)(lambda: y.copy_(x), 50))[25] for cold in (True, False))
+    assert warm < cold
+
+
+def test_readings_of_the_gpu_are_plausible() -> None:
+    monitor = GpuMonitor("cuda")
+    if not monitor.available:
+        pytest.skip("NVML does not answer here")
+    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    watch = monitor.watch()
+    for _ in range(300):
+        x @ x
+    watch()
+    torch.cuda.synchronize()
+    _, during, *_ = watch.end()
+    monitor.close()
+    assert 200 < during.sm_clock_mhz < 4000
+    assert during.temperature_c is None or 10 < during.temperature_c < 110
+    assert during.power_w is None or 10 < during.power_w < 2000
+
+
+def test_peaks_of_this_gpu_are_those_of_a_gpu() -> None:
+    found = peaks.measure_peaks(environment.collect("cuda"), "cuda", sizes=(4096,), copy_bytes=1 << 28)
+    rates = found["matmul_flops_per_s"]
+    assert found["copy_bytes_per_s"] > 1e11
+    assert rates.keys() == {"float32", "tf32", "float16", "bfloat16"}
+    assert rates["float32"] < rates["tf32"] < rates["bfloat16"]
+    assert found["driver"] is not None
+    assert torch.backends.cuda.matmul.allow_tf32 is False
+
+
+def test_a_profile_of_this_gpu_holds_kernels_gaps_and_bytes(tmp_path) -> None:
+    workload = Workload(256, 64, 64, device="cuda", dtype="bfloat16")
+    provider = providers()["gdn-torch"]
+    found = profiling.record(provider, workload, "forward_backward", "cuda", 3, tmp_path / "trace.json.gz")
+    assert found.launches > 20
+    assert found.idle_ms > 0  # launched from Python, one small kernel after the other
+    assert found.stages["matrix products"] > 0
+    assert found.allocated_bytes > 1 << 20
+    assert sum(found.stages.values()) == pytest.approx(found.span_ms)
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "forward_backward"])
@@ -94,14 +140,16 @@ def test_a_fault_on_the_gpu_costs_its_point_alone(tmp_path) -> None:
         head_dims=((64, 64),),
         dtypes=("bfloat16",),
         modes=("forward_backward",),
-        regimes=("eager", "graph"),
+        regimes=REGIMES,
         device="cuda",
         time_limit_s=0.1,
         setup_limit_s=120.0,
     )
     summary = run_sweep(spec, tmp_path)
     records = read_records(tmp_path)
-    assert len(records) == 7 * 2
+    assert len(records) == 7 * len(REGIMES)
+    timed = [record for record in records if record.status == "ok"]
+    assert all(record.input_sets == (2 if record.point.cache == "cold" else 1) for record in timed)
 
     def of(provider: str, regime: str):
         return [r for r in records if r.point.provider == provider and r.point.regime == regime]
@@ -109,6 +157,8 @@ def test_a_fault_on_the_gpu_costs_its_point_alone(tmp_path) -> None:
     for provider, regime in (
         ("toy-good", "eager"),
         ("toy-good", "graph"),
+        ("toy-good", "eager-warm"),
+        ("toy-good", "graph-warm"),
         ("toy-uncapturable", "eager"),
         ("gdn-torch", "eager"),
         ("gdn-torch", "graph"),

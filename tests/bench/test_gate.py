@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mdnbench.bench import cli_regress, gate, paired, revisions
+from mdnbench.bench import gate, paired, parse, revisions
 from mdnbench.bench.cli import main
 from mdnbench.bench.floors import Floors
 from mdnbench.bench.gate import Gate, run_gate
@@ -281,11 +281,11 @@ def test_floors_are_kept_by_machine_and_bounded(tmp_path: Path) -> None:
 
 
 def test_percent() -> None:
-    assert cli_regress.parse_percent("--threshold", "3%") == pytest.approx(0.03)
-    assert cli_regress.parse_percent("--threshold", "0.03") == pytest.approx(0.03)
+    assert parse.parse_percent("--threshold", "3%") == pytest.approx(0.03)
+    assert parse.parse_percent("--threshold", "0.03") == pytest.approx(0.03)
     for text in ("-1%", "100%", "3", "nan", ""):
         with pytest.raises(ValueError, match="between 0% and 100%"):
-            cli_regress.parse_percent("--threshold", text)
+            parse.parse_percent("--threshold", text)
 
 
 @pytest.mark.skipif(not os.environ.get("MDNBENCH_TEST_GATE"), reason="takes minutes; MDNBENCH_TEST_GATE=1 runs it")

@@ -13,6 +13,9 @@ from mdnbench.baselines.inputs import make_inputs
 from mdnbench.baselines.registry import get_provider, providers
 from mdnbench.baselines.workload import Workload
 from mdnbench.bench import correctness, measure, memory
+from mdnbench.bench.requests import TIMED_CALLS, Block, Prepare
+from mdnbench.bench.results import Point
+from mdnbench.bench.server import Server
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -59,6 +62,37 @@ def test_calls_go_on_until_one_is_of_the_order_of_the_one_before() -> None:
     assert calls_after_a_first_one_of(100.0, 0.2, 0.02, 0.02, 0.02) == 3  # and something more at the second
     assert calls_after_a_first_one_of(0.001, 0.2, 0.02, 0.02) == 1  # a slower call is no sign of compilation
     assert calls_after_a_first_one_of(100.0, *(10**-i for i in range(1, 20))) <= measure.MAX_SETTLING_CALLS
+
+
+def test_calls_are_taken_in_turn() -> None:
+    seen = []
+    call = measure.in_turn([lambda: seen.append("a"), lambda: seen.append("b")])
+    for _ in range(5):
+        call()
+    assert seen == ["a", "b", "a", "b", "a"]
+    only = list
+    assert measure.in_turn([only]) is only
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "cache", "sets"), [(1 << 40, "cold", 2), (1 << 40, "warm", 1), (1 << 10, "cold", 1)]
+)
+def test_cold_calls_take_two_sets_of_inputs_where_there_is_room(monkeypatch, free_bytes, cache, sets) -> None:
+    point = Point("gdn-torch", Workload(seq_len=64, head_dim_k=16, head_dim_v=16, heads=2), "forward_backward", "eager")
+    monkeypatch.setattr(Point, "cache", cache)
+    monkeypatch.setattr(Server, "_free_bytes", lambda self: free_bytes)
+    phases = []
+    server = Server("cpu", phases.append)
+    server.time_calls["cold"] = measure.time_on_cpu
+    assert server.answer(Prepare(point, seed=5)).input_sets == sets
+    found = server.inputs[get_provider("gdn-torch").operator]
+    assert len(found) == sets
+    expected = [make_inputs(get_provider("gdn-torch").operator, point.workload, seed) for seed in (5, 7)[:sets]]
+    for (inputs, d_output), (same, d_same) in zip(found, expected):  # seed 6 is that of the correctness check
+        assert all(torch.equal(inputs[name], same[name]) for name in inputs)
+        assert torch.equal(d_output, d_same)
+    assert len(server.answer(Block(point, 10.0, 7))) == 7
+    assert phases[-1] == TIMED_CALLS
 
 
 def test_modes_time_what_they_name() -> None:

@@ -3,11 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from mdnbench.baselines.workload import Workload
-from mdnbench.bench.results import Point, Record, append_record, read_records
+from mdnbench.bench.results import REGIMES, GpuReading, Point, Record, append_record, read_records
 
 POINT = Point(
     "gdn-torch", Workload(seq_len=512, head_dim_k=64, head_dim_v=128, heads=2, value_heads=4), "forward", "eager"
@@ -28,6 +29,17 @@ RECORD = Record(
     relative_error={"o": 1e-7, "dq": 2e-7},
     checked_seq_len=512,
     threads=2,
+    flops=10**12,
+    bytes=10**9,
+    block_samples=(1, 1),
+    gpu=(
+        (GpuReading("before", 345, 3201, 80.5, 700.0, 31), GpuReading("during", 1980, slowed_by=("power cap",))),
+        (GpuReading("after"),),
+    ),
+    input_sets=2,
+    stop_reason="precise",
+    precision=0.005,
+    idle_s=0.5,
 )
 
 
@@ -50,7 +62,27 @@ def test_row_is_flat_and_names_the_whole_point(tmp_path) -> None:
     assert row["samples_ms"] == [1.25, 1.5]
     assert row["notes"] == ["a refusal was lifted"]
     assert row["saved_memory_bytes"] is None
+    assert row["gpu"][0][1] == {"at": "during", "sm_clock_mhz": 1980, "slowed_by": ["power cap"]}
+    assert row["gpu"][1] == [{"at": "after"}]
     assert "point" not in row
+
+
+def test_every_row_names_launch_and_cache() -> None:
+    workload = POINT.workload.with_(device="cuda")
+    points = [replace(POINT, workload=workload, regime=regime) for regime in REGIMES]
+    named = [("eager", "cold"), ("graph", "cold"), ("eager", "warm"), ("graph", "warm")]
+    assert [(point.launch, point.cache) for point in points] == named
+    rows = [replace(RECORD, point=point).to_row() for point in points]
+    assert [(row["launch"], row["cache"]) for row in rows] == named
+    assert (POINT.launch, POINT.cache) == ("eager", "warm")  # on a CPU nothing empties the cache
+
+
+def test_rows_of_earlier_versions_still_load() -> None:
+    published = Path(__file__).parents[2] / "reports/published/h200-pytorch"
+    records = read_records(published)
+    assert len(records) > 90
+    assert all(r.gpu == () and r.flops is None and r.stop_reason is None for r in records)
+    assert {(r.point.launch, r.point.cache) for r in records} == {("eager", "cold")}
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path) -> None:

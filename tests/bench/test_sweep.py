@@ -1,10 +1,12 @@
 """What is planned, in which order it is sampled, when sampling stops, and what resuming refuses."""
 
+import itertools
 import json
 from dataclasses import replace
 
 import pytest
 
+from mdnbench.bench import sweep as sweep_module
 from mdnbench.bench import worker as worker_module
 from mdnbench.bench.requests import Failure, PointFailed, Prepared
 from mdnbench.bench.results import read_records
@@ -19,6 +21,7 @@ SPEC = SweepSpec(
     modes=("forward",),
     heads=2,
     time_limit_s=60.0,
+    min_time_s=1e-9,
 )
 
 
@@ -38,7 +41,8 @@ class ScriptedWorker:
         self.prepared.add(request.point)
         return Prepared(relative_error={"o": 0.0}, checked_seq_len=request.point.workload.seq_len)
 
-    def block(self, request, limit_s):
+    def block(self, request, limit_s, watch=None):
+        watch()
         self.log.append(("block", request.point.provider))
         answer = self.blocks[request.point.provider].pop(0)
         if isinstance(answer, Failure):
@@ -98,13 +102,13 @@ def test_a_bad_specification_is_refused_before_anything_runs(tmp_path, changes: 
 
 
 def test_samples_are_taken_in_turn_until_each_is_precise(scripted, tmp_path) -> None:
-    scripted.blocks |= {"gdn-torch": [NOISY, NOISY, STEADY * 3], "attention-sdpa-math": [STEADY, STEADY]}
+    scripted.blocks |= {"gdn-torch": [NOISY, NOISY, STEADY * 12], "attention-sdpa-math": [STEADY, STEADY]}
     run_sweep(ONE_WORKLOAD, tmp_path / "run")
     gdn, sdpa = "gdn-torch", "attention-sdpa-math"
     assert [entry[1] for entry in scripted.log if entry[0] == "block"] == [gdn, sdpa, gdn, sdpa, gdn]
     first, second = read_records(tmp_path / "run")
     assert first.point.provider == sdpa  # written as soon as it was done
-    assert second.samples_ms == (*NOISY, *NOISY, *STEADY * 3)
+    assert second.samples_ms == (*NOISY, *NOISY, *STEADY * 12)
     assert second.latency_ms == 1.0
     assert second.tokens_per_s == 64_000
 
@@ -126,6 +130,37 @@ def test_calls_longer_than_the_time_limit_are_sampled_three_times(scripted, tmp_
     assert (record.latency_ms, record.latency_low_ms, record.latency_high_ms) == (2.0, None, None)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "changes", "reason"),
+    [
+        ([STEADY, STEADY], {}, "precise"),
+        ([NOISY] * 6, {"time_limit_s": 1e-9}, "time limit"),
+        ([[1.0]] * 3, {"time_limit_s": 1e-9}, "long calls"),
+        ([[float(i) for i in range(MAX_SAMPLES)]], {}, "most samples"),
+    ],
+)
+def test_the_row_says_why_sampling_stopped(scripted, tmp_path, blocks: list, changes: dict, reason: str) -> None:
+    if reason == "time limit":  # calls of a picosecond; five blocks reach the limit
+        blocks = [[1e-9 * x for x in block] for block in blocks]
+    scripted.blocks |= {"gdn-torch": list(blocks)}
+    run_sweep(replace(ONE_WORKLOAD, providers=("gdn-torch",), **changes), tmp_path / "run")
+    (record,) = read_records(tmp_path / "run")
+    assert (record.stop_reason, record.precision) == (reason, 0.005)
+    assert record.block_samples == tuple(len(block) for block in blocks[: len(record.block_samples)])
+
+
+def test_a_point_is_sampled_for_the_least_time_however_steady(scripted, tmp_path, monkeypatch) -> None:
+    clock = itertools.count()  # a second passes at every look at it: blocks take their full second
+    monkeypatch.setattr(sweep_module.time, "monotonic", lambda: next(clock))
+    scripted.blocks |= {"gdn-torch": [STEADY] * 9}
+    run_sweep(replace(ONE_WORKLOAD, providers=("gdn-torch",), min_time_s=5.0), tmp_path / "run")
+    (record,) = read_records(tmp_path / "run")
+    assert record.stop_reason == "precise"
+    assert len(record.block_samples) == 5
+    with pytest.raises(ValueError, match=r"min_time_s=61\.0 is above time_limit_s=60\.0"):
+        replace(SPEC, min_time_s=61.0)
+
+
 def test_sampling_stops_at_the_largest_number_of_samples(scripted, tmp_path) -> None:
     scripted.blocks |= {"gdn-torch": [[float(i) for i in range(MAX_SAMPLES // 4)] for _ in range(5)]}
     run_sweep(replace(ONE_WORKLOAD, providers=("gdn-torch",), precision=1e-9), tmp_path / "run")
@@ -135,13 +170,13 @@ def test_sampling_stops_at_the_largest_number_of_samples(scripted, tmp_path) -> 
 
 def test_a_lost_worker_costs_its_point_and_the_others_keep_their_samples(scripted, tmp_path) -> None:
     fault = Failure("crashed", "killed", healthy=False)
-    scripted.blocks |= {"attention-sdpa-math": [NOISY, fault], "gdn-torch": [NOISY, NOISY, STEADY * 3]}
+    scripted.blocks |= {"attention-sdpa-math": [NOISY, fault], "gdn-torch": [NOISY, NOISY, STEADY * 12]}
     spec = replace(ONE_WORKLOAD, providers=("attention-sdpa-math", "gdn-torch"))
     run_sweep(spec, tmp_path / "run")
     lost, kept = read_records(tmp_path / "run")
     assert (lost.status, lost.reason, lost.samples_ms, lost.latency_ms) == ("crashed", "killed", tuple(NOISY), None)
     assert kept.status == "ok"
-    assert kept.samples_ms == (*NOISY, *NOISY, *STEADY * 3)
+    assert kept.samples_ms == (*NOISY, *NOISY, *STEADY * 12)
     assert scripted.log == [
         ("start",),
         ("prepare", "attention-sdpa-math", True),

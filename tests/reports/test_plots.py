@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from mdnbench.reports import plots, style
+from mdnbench.bench.results import GpuReading
+from mdnbench.reports import plots, roofline, style
 from mdnbench.reports.plots import FIGURES, MOST_TICKS, draw, log_scale, write_plots
 from mdnbench.reports.runs import Run
 
@@ -46,6 +47,59 @@ def test_files_are_written_with_titles_units_and_versions(make_run: MakeRun, tmp
     again.mkdir()
     write_plots([make_run()], again)
     assert (again / "throughput.svg").read_bytes() == (tmp_path / "throughput.svg").read_bytes()
+
+
+def test_the_style_for_papers_has_serifs_and_leaves_titles_to_the_caption(make_run: MakeRun, tmp_path: Path) -> None:
+    for name in ("screen", "paper"):
+        (tmp_path / name).mkdir()
+        write_plots([make_run()], tmp_path / name, name)
+    screen, paper = ((tmp_path / name / "throughput.svg").read_text() for name in ("screen", "paper"))
+    assert "Throughput against sequence length" in screen
+    assert "Throughput against sequence length" not in paper
+    assert "Some CPU 9000" not in paper
+    assert "STIXGeneral" in paper or "serif" in paper
+    assert ">mdn-torch<" in paper  # the legend stays
+    with pytest.raises(ValueError, match="--style 'poster' is unknown: choose from screen, paper"):
+        plots.check_style("poster")
+
+
+def test_the_roofline_has_a_panel_a_mode_and_the_measured_ceilings(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(providers=("mdn-torch", "gdn-torch"), chunk_sizes=(64,))
+    assert roofline.draw([run]) is None  # nothing was counted
+    counted = [replace(r, flops=10**7 * r.point.workload.seq_len, bytes=10**6) for r in run.records]
+    assert roofline.draw([replace(run, records=counted)]) is None  # no ceilings
+    peaks = {"copy_bytes_per_s": 2e10, "matmul_flops_per_s": {"float32": 1e12}}
+    run = replace(run, records=counted, environment=run.environment | {"peaks": peaks})
+    figure = roofline.draw([run])
+    found = panels(figure)
+    assert set(found) == {"forward, float32", "forward + backward, float32"}
+    *points, ceiling = found["forward, float32"].lines
+    assert len(points) == 2 * 3 * 2  # providers, lengths, head dims
+    x, y = ceiling.get_data()
+    assert (x[1], y[1]) == (50, 1.0)  # the ridge: 1 TFLOP/s at 50 FLOP a byte
+    assert y[2] == 1.0
+    assert y[0] == pytest.approx(x[0] * 0.02)
+    assert legend(figure) == ["mdn-torch", "gdn-torch"]
+    ticks = [text.get_text() for text in found["forward, float32"].get_yticklabels()]
+    assert all(float(text) > 0 for text in ticks)
+    assert "1 TFLOP/s, 20.0GB/s copied" in [text.get_text() for text in found["forward, float32"].texts]
+    assert "Some CPU 9000" in texts(figure)
+    names = [path.name for path in write_plots([run], tmp_path)]
+    assert names[-2:] == ["roofline.png", "roofline.svg"]
+
+
+def test_points_of_a_throttled_gpu_are_open(make_run: MakeRun) -> None:
+    run = make_run(providers=("mdn-torch",), chunk_sizes=(64,), head_dims=((64, 64),), modes=("forward",))
+    held = ((GpuReading("during", 1200, slowed_by=("power cap",)),),)
+    records = [replace(run.records[0], gpu=held), *run.records[1:]]
+    figure = draw([replace(run, records=records)], FIGURES["throughput"])
+    (axes,) = figure.axes
+    line, marked = axes.lines
+    assert len(line.get_xdata()) == 3
+    assert list(marked.get_xdata()) == [128]
+    assert marked.get_markerfacecolor() == "white"
+    assert "Open markers: the GPU was held back (power, heat)." in texts(figure).replace("\n", " ")
+    assert "Open markers" not in texts(draw([run], FIGURES["throughput"]))
 
 
 def test_png_is_at_least_150_dpi() -> None:

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from mdnbench.bench.results import append_record
-from mdnbench.reports import render, style, tables
+from mdnbench.bench.results import GpuReading, append_record
+from mdnbench.reports import latex, render, style, tables
 from mdnbench.reports.runs import Run, describe, load_run, load_runs
 
 MakeRun = Callable[..., Run]
@@ -148,7 +148,7 @@ def test_frame_has_a_row_a_record_and_leaves_absent_values_empty(make_run: MakeR
     assert header.startswith("run,operator,provider,seq_len,head_dim_k")
     assert "nan" not in " ".join(lines).lower()
     assert lines[0].startswith(
-        "smoke,mdn,mdn-torch,128,32,32,1,2,2,32,float32,cpu,mild,forward,eager,ok,,"
+        "smoke,mdn,mdn-torch,128,32,32,1,2,2,32,float32,cpu,mild,forward,eager,warm,ok,,"
     )  # whole numbers stay whole
 
 
@@ -213,3 +213,49 @@ def test_description_leaves_out_what_is_unknown() -> None:
 )
 def test_numbers_read_short(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_times_of_a_throttled_gpu_are_marked_and_noted(make_run: MakeRun) -> None:
+    run = make_run(providers=("mdn-torch", "gdn-torch"), chunk_sizes=(64,), seq_lens=(128,), modes=("forward",))
+    held = ((GpuReading("during", 1200, slowed_by=("power cap",)), GpuReading("after", 1250)),)
+    steady = ((GpuReading("during", 1980), GpuReading("after", 1980)),)
+    records = [replace(r, gpu=held if i == 0 else steady) for i, r in enumerate(run.records)]
+    text = render.markdown([replace(run, records=records)])
+    (marked,) = [line for line in text.splitlines() if line.startswith("|") and " ! |" in line]
+    assert marked.count("!") == 1
+    assert "! marks times taken while the GPU was held back: see the notes." in text
+    assert "- Throttled: 1 of 4 rows, at worst mdn-torch forward eager" in text
+    assert (
+        "- SM clocks differ by more than 3% in 1 of 2 comparisons, at worst by 65.0% within forward eager B1 T128"
+        in text
+    )
+    assert "Notes on the measurements" not in render.markdown([run])
+
+
+def test_rates_and_host_overhead_are_shown_where_there_are_any(make_run: MakeRun) -> None:
+    run = make_run(providers=("mdn-torch",), chunk_sizes=(64,), regimes=("eager", "graph"), device="cuda")
+    peaks = {"copy_bytes_per_s": 1e12, "matmul_flops_per_s": {"float32": 1e13}}
+    counted = [replace(r, flops=10**9, bytes=10**6) for r in run.records]
+    (plain,) = tables.blocks(tables.to_rows([make_run(providers=("mdn-torch",))]))
+    (full,) = tables.blocks(
+        tables.to_rows([replace(run, records=counted, environment=run.environment | {"peaks": peaks})])
+    )
+    assert plain.header[-4:] == ["time ms", "tokens/s", "MiB", "error"]
+    assert full.header[-7:] == ["time ms", "host ms", "tokens/s", "TFLOP/s", "% roof", "MiB", "error"]
+    host = full.header.index("host ms")
+    regime = full.header.index("regime")
+    assert all((row[host].text == "-") == (row[regime].text == "graph") for row in full.rows)
+
+
+def test_latex_has_a_table_an_operator_and_escapes_text(make_run: MakeRun) -> None:
+    run = make_run(providers=("mdn-torch", "attention-math"), seq_lens=(128, 256))
+    text = latex.tables_of([replace(run, environment=run.environment | {"device_name": "A_B & C 100%"})])
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 2
+    assert r"A\_B \& C 100\%" in text
+    assert r"\caption{Momentum DeltaNet (mdn-torch). Every row: on cpu" in text
+    assert r"$\pm$" in text
+    assert r"\textbf{" in text
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    columns = [line.split("{")[-1].rstrip("}") for line in text.splitlines() if line.startswith(r"\begin{tabular}")]
+    assert {len(line.split(" & ")) for line in body} == {len(layout) for layout in columns}
+    assert len(body) == 2 + 2 * 2 * 2 * 2 + 2 * 2 * 2  # headers; lengths, head dims, modes and chunk sizes

@@ -1,0 +1,157 @@
+"""The command `mdnbench profile`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import arguments as arg
+from .cli import BadInput, app, new_folder, validating
+from .console import fail, make_console, print_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .profiling import Profile
+
+PROFILE_FILE = "profile.json"
+MOST_KERNELS = 12  # in the table on the terminal; the file has all
+
+Providers = Annotated[
+    list[str], typer.Argument(metavar="PROVIDER...", help="Providers, or operators for all of theirs: mdn-torch,gdn.")
+]
+Mode = Annotated[str, typer.Option("--mode", metavar="NAME", help="forward, backward or forward_backward.")]
+SeqLen = Annotated[str, typer.Option("--seq-len", metavar="INT", help="Tokens a sequence.")]
+HeadDim = Annotated[str, typer.Option("--head-dim", metavar="INT", help="Key dimension K of a head.")]
+VHeadDim = Annotated[str | None, typer.Option("--v-head-dim", metavar="INT", help="Value dimension V. Default: K.")]
+ChunkSize = Annotated[str, typer.Option("--chunk-size", metavar="INT", help="Tokens a chunk.")]
+Batch = Annotated[str, typer.Option("--batch", metavar="INT", help="Sequences.")]
+Heads = Annotated[str, typer.Option("--heads", metavar="INT", help="Query and key heads.")]
+Calls = Annotated[str, typer.Option("--calls", metavar="INT", help="How many calls are recorded.")]
+ProfileOut = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the traces. Default: runs/<time>-profile.")
+]
+
+
+@app.command("profile")
+def profile_providers(
+    providers: Providers,
+    seq_len: SeqLen = "2048",
+    head_dim: HeadDim = "64",
+    v_head_dim: VHeadDim = None,
+    chunk_size: ChunkSize = "64",
+    batch: Batch = "1",
+    heads: Heads = "4",
+    mode: Mode = "forward",
+    dtype: arg.Dtype = "auto",
+    device: arg.Device = "auto",
+    gates: arg.Gates = None,
+    calls: Calls = "10",
+    out: ProfileOut = None,
+    as_json: arg.Json = False,
+) -> None:
+    """Show where the time of a call goes.
+
+    Kernels by time, launches, gaps and allocations, by torch.profiler; a bar a provider by stage, and the Chrome
+    traces, for Perfetto. Calls follow one another without emptying the cache.
+    """
+    with validating():
+        from mdnbench.baselines.workload import DTYPES, Workload
+
+        from . import options, parse
+        from .presets import AUTO, DEFAULT_DTYPE
+        from .results import MODES
+
+        place = options.device_name(device)
+        kind = place.partition(":")[0]
+        name = DEFAULT_DTYPE[kind] if dtype == AUTO else parse.parse_choices("--dtype", [dtype], DTYPES)[0]
+        chosen_mode = _one(parse.parse_choices("--mode", [mode], MODES), "--mode", mode)
+        workload = Workload(
+            seq_len=_one(parse.parse_ints("--seq-len", seq_len), "--seq-len", seq_len),
+            head_dim_k=parse.parse_int("--head-dim", head_dim),
+            head_dim_v=parse.parse_int("--v-head-dim", v_head_dim or head_dim),
+            batch=parse.parse_int("--batch", batch),
+            heads=parse.parse_int("--heads", heads),
+            chunk_size=parse.parse_int("--chunk-size", chunk_size),
+            dtype=name,
+            device=kind,
+            gates=options.parse_gates(gates) if gates else "mild",
+        )
+        count = parse.parse_int("--calls", calls)
+        selected = options.select_providers(providers)
+        folder = out or new_folder("profile")
+        if folder.exists() and not folder.is_dir():
+            raise BadInput(f"--out {str(folder)!r} is a file: give a folder")
+    found, reasons = [], []
+    from .profiling import record
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise BadInput(f"--out {str(folder)!r} cannot be made ({fault.strerror}): choose another folder") from None
+    for provider in selected.values():
+        its = workload if provider.chunk_sizes is not None else workload.with_(chunk_size=None)
+        reason = provider.supports(its, chosen_mode)
+        if reason is not None:
+            reasons.append(f"{provider.name}: {reason}")
+            continue
+        try:
+            found.append(record(provider, its, chosen_mode, place, count, folder / f"trace-{provider.name}.json.gz"))
+        except Exception as fault:  # a provider's: its line says so, the others have theirs
+            reasons.append(f"{provider.name} failed: {type(fault).__name__}: {fault}".splitlines()[0])
+    for reason in reasons:
+        fail(reason)
+    if not found:
+        raise typer.Exit(1)
+    _save_and_show(found, folder, as_json)
+
+
+def _one(values: tuple[Any, ...], option: str, text: str) -> Any:
+    if len(values) != 1:
+        raise ValueError(f"{option} {text!r}: a profile has one workload")
+    return values[0]
+
+
+def _save_and_show(found: list[Profile], folder: Path, as_json: bool) -> None:
+    from mdnbench.reports import stages
+
+    rows = [it.to_dict() for it in found]
+    (folder / PROFILE_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    files = [PROFILE_FILE, *(path.name for path in stages.write_plots(rows, folder))]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    console = make_console()
+    for profile in found:
+        _show(console, profile)
+    traces = ", ".join(f"trace-{it.provider}.json.gz" for it in found)
+    console.print(f"Saved in {folder}: {', '.join(files)}, {traces}", markup=False, soft_wrap=True)
+
+
+def _show(console: Console, profile: Profile) -> None:
+    launches = "launches" if profile.device == "cuda" else "operators"
+    gaps = "idle between kernels" if profile.device == "cuda" else "outside of operators"
+    console.print(
+        f"{profile.provider}, {profile.mode}: {profile.span_ms:.4g} ms a call, of which {profile.idle_ms:.3g} ms "
+        f"({profile.idle_ms / profile.span_ms:.0%}) {gaps}; {profile.launches:.4g} {launches}, "
+        f"{profile.allocated_bytes / 2**20:.4g} MiB allocated",
+        markup=False,
+        soft_wrap=True,
+    )
+    total = sum(kernel.ms for kernel in profile.kernels)
+    rows = [
+        (_short(it.name), it.stage, f"{it.launches:.4g}", f"{it.ms:.4g}", f"{it.ms / total:.1%}")
+        for it in profile.kernels[:MOST_KERNELS]
+    ]
+    print_table(console, ("kernel" if profile.device == "cuda" else "operator", "stage", "a call", "ms", "part"), rows)
+    if len(profile.kernels) > MOST_KERNELS:
+        console.print(f"  and {len(profile.kernels) - MOST_KERNELS} more: see {PROFILE_FILE}")
+    console.print()
+
+
+def _short(name: str) -> str:
+    """The name of a kernel without the template arguments that fill lines in C++."""
+    return name if len(name) <= 70 else f"{name[:67]}..."

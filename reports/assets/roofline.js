@@ -1,0 +1,62 @@
+// Every point against the ceilings that were measured on its machine.
+function buildRoofline(section) {
+  const rows = DATA.rows.filter((row) => row.tflops && row.arithmetic_intensity);
+  if (!rows.length) {
+    section.append(el("p", { class: "soft" }, "No row has a count of floating-point operations."));
+    return;
+  }
+  const peaks = Object.fromEntries(DATA.runs.map((run) => [run.name, run.peaks]));
+  if (!DATA.runs.every((run) => run.peaks))
+    section.append(el("p", { class: "soft" },
+      "There are no ceilings for ", DATA.runs.filter((run) => !run.peaks).map((run) => run.name).join(", "),
+      ": run ", el("code", {}, "mdnbench peaks"), " on that machine, then make the report there again."));
+  section.append(el("p", { class: "soft" },
+    "Rate of the matrix products against floating-point operations for each byte that has to be moved, both by the ",
+    "operators' own counts at the row's chunk size. Ceilings: measured copy bandwidth and matrix rate."));
+  const state = { chunk: "fastest" };
+  const figure = el("figure", {}), caption = el("figcaption", {});
+  section.append(panelChoices(rows, state, () => redraw()), figure);
+
+  function redraw() {
+    const shown = pickChunks(rows.filter((row) => inPanel(row, state) && !hidden.has(row.provider)), state.chunk);
+    const root = draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": "Roofline" });
+    figure.replaceChildren(root, caption);
+    caption.textContent = "";
+    if (!shown.length) {
+      root.append(draw("text", { x: WIDTH / 2, y: HEIGHT / 2, "text-anchor": "middle" }, "nothing to show here"));
+      return;
+    }
+    const dtype = shown[0].dtype;
+    const ceilings = unique(shown.map((row) => row.run))
+      .map((run) => ({ run, top: peaks[run]?.matmul_flops_per_s?.[dtype], band: peaks[run]?.copy_bytes_per_s }))
+      .filter(({ top, band }) => top && band);
+    const ridges = ceilings.map(({ top, band }) => top / band);
+    const x = axisScale([...shown.map((row) => row.arithmetic_intensity), ...ridges], LEFT, WIDTH - RIGHT, true);
+    const tops = ceilings.map(({ top }) => top / 1e12);
+    const y = axisScale([...shown.map((row) => row.tflops), ...tops], HEIGHT - BOTTOM, TOP, true);
+    axes(root, x, y, "arithmetic intensity (FLOP/byte)", "matrix rate (TFLOP/s)", scaledTick, scaledTick);
+    for (const { run, top, band } of ceilings) {
+      const from = Math.max(x.low, (y.low * 1e12) / band);
+      const corners = [from, top / band, x.high].filter((at) => at >= from);
+      const d = corners.map((at) => `${x.map(at)} ${y.map(Math.min(top, at * band) / 1e12)}`).join("L");
+      root.append(draw("path", {
+        class: "ceiling", d: `M${d}`, "stroke-dasharray": DASHES[runNames.indexOf(run) % DASHES.length],
+      }));
+      const name = runNames.length > 1 ? `${run}: ` : "";
+      root.append(draw("text", { class: "tick", x: WIDTH - RIGHT - 6, y: y.map(top / 1e12) - 6, "text-anchor": "end" },
+        `${name}${digits(top / 1e12)} TFLOP/s ${dtype}, ${bandwidth(band)} copied`));
+    }
+    const points = shown.map((row) => {
+      const px = x.map(row.arithmetic_intensity), py = y.map(row.tflops), series = `${row.run}\n${row.provider}`;
+      const roof = row.percent_of_roofline === null ? null : `${digits(row.percent_of_roofline)} % of the roofline`;
+      const lines = [`${digits(row.arithmetic_intensity)} FLOP/byte`, roof, ...tooltipLines(row, "tflops")];
+      const node = markerNode(row, px, py, series, [row.provider, ...lines.filter(Boolean)].join(", "));
+      root.append(node);
+      return { x: px, y: py, series, node, title: row.provider, lines };
+    });
+    hover(root, points);
+    caption.textContent = `${panelTitle(state)}; a point a length.`;
+  }
+  redraws.push(redraw);
+  redraw();
+}
