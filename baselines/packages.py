@@ -8,7 +8,7 @@ import os
 import sys
 from types import ModuleType
 
-FLA_INSTALL = "pip install fla-core==0.6.0 flash-linear-attention==0.6.0 einops"
+FLA_INSTALL = "pip install fla-core==0.6.0"  # all operators; flash-linear-attention adds layers and models to it
 
 
 def import_from_fla(module: str) -> ModuleType:

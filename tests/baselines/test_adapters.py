@@ -29,12 +29,12 @@ CASES = [
     ("attention-flash4", SINGLE, "float32", 1e-5),
 ]
 MISSING = {
-    "gdn-fla": "pip install fla-core==0.6.0 flash-linear-attention==0.6.0 einops",
+    "gdn-fla": "pip install fla-core==0.6.0",
     "gdn-flashqla": "pip install flash-qla",
-    "kda-fla": "pip install fla-core==0.6.0 flash-linear-attention==0.6.0 einops",
+    "kda-fla": "pip install fla-core==0.6.0",
     "kda-flashkda": "pip install --no-build-isolation git+https://github.com/MoonshotAI/FlashKDA",
     "mamba2-ssd": "MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm==2.3.2.post1 einops",
-    "mdn-fla": "pip install fla-core==0.6.0 flash-linear-attention==0.6.0 einops",
+    "mdn-fla": "pip install fla-core==0.6.0",
     "mdn-authors": "clone https://github.com/HuuYuLong/MomentumDeltaNet and set MDNBENCH_AUTHORS_PATH to it",
     "attention-flash2": "pip install --no-build-isolation flash-attn",
     "attention-flash3": "./hopper, in a clone of https://github.com/Dao-AILab/flash-attention",

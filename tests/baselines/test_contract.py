@@ -105,8 +105,8 @@ def test_sixteen_bit_inputs(name, dtype, device):
 @pytest.mark.timeout(1800)  # they autotune
 @pytest.mark.parametrize("name", PEERS)
 def test_peer(name):
-    # The published chunk form of MDN loses its digits at every profile but that of undamped momentum.
-    gates = "log_mu=0" if PROVIDERS[name].operator.name == "mdn" else "mild"
+    # The published chunk form of MDN, with chunks of 64, is right where memory is short only: see baselines/mdn.py.
+    gates = "layer" if PROVIDERS[name].operator.name == "mdn" else "mild"
     template = Workload(130, 64, 64, batch=2, heads=2, dtype="bfloat16", device="cuda")
     (record,) = check_profiles(plan_checks([name], template, [gates]), "cuda", limit_s=1500)
     if record.status == "unsupported":
