@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mdnbench.kernels import forward, recurrent
-from mdnbench.kernels.config import choose_config
+from mdnbench.kernels import backward, forward, recurrent
+from mdnbench.kernels.config import choose_backward_config, choose_config
 
 from .code_figures import TARGETS, count_ptx, count_sass, programs_per_multiprocessor
 
@@ -42,32 +41,23 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-MODULES = {"chunk": forward, "recurrent": recurrent}
-
-
-class Recorder:
-    """Stands in the place of a kernel and keeps what it is launched with."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: Any):
-        return lambda *args, **options: self.launches.append((self.kernel, args, options))
-
-
 @contextmanager
-def recorded(module: ModuleType) -> Iterator[list[Launch]]:
-    """The launches that functions of a module make meanwhile, which then run nothing."""
-    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.runtime.JITFunction)}
-    kernels = {name: kernel for name, kernel in kernels.items() if name.endswith("_kernel")}
+def recorded() -> Iterator[list[Launch]]:
+    """The launches that the operators make meanwhile, which then run nothing."""
     launches: list[Launch] = []
-    for name, kernel in kernels.items():
-        setattr(module, name, Recorder(kernel, launches))
+
+    def record(kernel, grid, arguments, constants, **options) -> None:
+        launches.append((kernel, tuple(arguments), {**constants, **options}))
+
+    modules = (forward, backward, recurrent)
+    before = [module.launch for module in modules]
+    for module in modules:
+        module.launch = record
     try:
         yield launches
     finally:
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
+        for module, launch in zip(modules, before):
+            module.launch = launch
 
 
 def launches_of(
@@ -85,10 +75,10 @@ def launches_of(
     states: bool = True,
     chunk_size: int = 64,
 ) -> list[Launch]:
-    """Every launch of a forward pass, from tensors without memory.
+    """Every launch of a pass, from tensors without memory.
 
     Args:
-        form: "chunk" or "recurrent".
+        form: "chunk", "backward" (of the chunk form, of every gradient) or "recurrent".
         dtype: of q, k, v and p, by name.
         B, T, H, HV, K, V: sizes as in `chunk_momentum_delta_rule`.
         capability: compute capability times ten of a target in `code_figures.TARGETS`.
@@ -104,15 +94,23 @@ def launches_of(
     gate = torch.empty(B, T, HV, device="meta")
     v = torch.empty(B, T, HV, V, dtype=element, device="meta")
     state = torch.empty(2, N, HV, K, V, device="meta") if states else None
-    arguments = [q, q, v, gate, gate, q if free_p else None, gate, gate, None, state, states, cu_seqlens, True, True]
-    with recorded(MODULES[form]) as launches:
-        if form == "chunk":
-            target = TARGETS[f"sm_{capability}"]
-            limits = target.program_shared_bytes, target.multiprocessors
-            config = choose_config(K, V, chunk_size, element.itemsize, N * HV, free_p, *limits)
-            forward.chunk_forward(*arguments, chunk_size, config=config)
-        else:
+    p = q if free_p else None
+    arguments = [q, q, v, gate, gate, p, gate, gate, None, state, states, cu_seqlens, True, True]
+    target = TARGETS[f"sm_{capability}"]
+    shape = (K, V, chunk_size, element.itemsize, N * HV, free_p, target.program_shared_bytes, target.multiprocessors)
+    with recorded() as launches:
+        if form == "recurrent":
             recurrent.recurrent_forward(*arguments)
+        elif form == "chunk":
+            forward.chunk_forward(*arguments, chunk_size, config=choose_config(*shape))
+        else:
+            with recorded():
+                kept = forward.chunk_forward(*arguments, chunk_size, config=choose_config(*shape), keep_errors=True)
+            del arguments[10]
+            backward.chunk_backward(
+                *arguments, chunk_size, kept.inverse, kept.coefficients, kept.low, kept.errors, kept.o, kept.o,
+                kept.final_state, [True] * 5 + [free_p, True, True, states], config=choose_backward_config(*shape),
+            )  # fmt: skip
     return launches
 
 

@@ -25,6 +25,7 @@ Inspection = dict[str, Any]
 Launch = dict[str, Any]
 
 _CHUNK = {"form": "chunk", "dtype": "bfloat16", "T": 4096, "chunk_size": 64, "states": False}
+_BACKWARD = {**_CHUNK, "form": "backward"}
 _STEP = {"form": "recurrent", "dtype": "bfloat16", "T": 1, "states": True}
 _H16D128 = {"H": 16, "HV": 16, "K": 128, "V": 128}
 _PAPER_400M = {"H": 6, "HV": 6, "K": 128, "V": 256}
@@ -38,6 +39,10 @@ CASES: dict[str, dict[str, Any]] = {
     "d64": {**_CHUNK, "B": 4, "H": 32, "HV": 32, "K": 64, "V": 64},
     "paper-400m": {**_CHUNK, "B": 8, **_PAPER_400M},
     "paper-1.3b": {**_CHUNK, "B": 4, **_PAPER_1_3B},
+    "h16d128, backward": {**_BACKWARD, "B": 4, **_H16D128},
+    "d64, backward": {**_BACKWARD, "B": 4, "H": 32, "HV": 32, "K": 64, "V": 64},
+    "paper-400m, backward": {**_BACKWARD, "B": 8, **_PAPER_400M},
+    "paper-1.3b, backward": {**_BACKWARD, "B": 4, **_PAPER_1_3B},
     "h16d128, decoding": {**_STEP, "B": 64, **_H16D128},
     "paper-400m, decoding": {**_STEP, "B": 64, **_PAPER_400M},
     "paper-1.3b, decoding": {**_STEP, "B": 64, **_PAPER_1_3B},

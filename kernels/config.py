@@ -30,6 +30,43 @@ class KernelConfig:
     scan_stages: int
     prepare_warps: int = 4
     prepare_max_registers: int | None = None
+    scan_max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """How the kernels of the backward are launched.
+
+    Attributes:
+        attention_warps: warps a program of the prepare kernel that computes the attention matrices again.
+        scan_block_v, scan_warps, scan_stages: of the reverse scan, as in `KernelConfig`.
+        states_block_k, states_block_v, states_warps, states_stages: the same of the kernel that rebuilds the states,
+            in tiles of states_block_k rows of K.
+        matrices_block_v, matrices_warps, matrices_stages: of the kernel of a chunk's matrices: value columns at a time,
+            warps a program, tiles in flight.
+        gradients_block_k, gradients_block_v, gradients_warps, gradients_stages: the same of the kernel of a chunk's
+            states, a program of which has gradients_block_k columns of K.
+        scan_max_registers, matrices_max_registers, gradients_max_registers: registers a thread, None for no limit.
+    """
+
+    attention_warps: int = 4
+    scan_block_v: int = 32
+    scan_warps: int = 4
+    scan_stages: int = 2
+    states_block_k: int = 64
+    states_block_v: int = 32
+    states_warps: int = 4
+    states_stages: int = 3
+    matrices_block_v: int = 64
+    matrices_warps: int = 4
+    matrices_stages: int = 1
+    gradients_block_k: int = 64
+    gradients_block_v: int = 64
+    gradients_warps: int = 4
+    gradients_stages: int = 2
+    scan_max_registers: int | None = None
+    matrices_max_registers: int | None = None
+    gradients_max_registers: int | None = None
 
 
 def block_size(n: int) -> int:
@@ -109,3 +146,71 @@ def choose_config(
             )
         config = replace(config, scan_stages=config.scan_stages - 1)
     return config
+
+
+def backward_shared_memory(
+    config: BackwardConfig, block_k: int, chunk_size: int, element_bytes: int, free_p: bool
+) -> dict[str, int]:
+    """The same of the kernels of the backward, by the prefix of their fields in `BackwardConfig`."""
+    C, tf32_halves = chunk_size, 2 if element_bytes == 4 else 1
+    scan = KernelConfig(config.scan_block_v, config.scan_warps, config.scan_stages)
+    matrices_v = 5 * C * config.matrices_block_v * element_bytes * config.matrices_stages
+    matrices_k = (3 if free_p else 2) * C * block_k * element_bytes * tf32_halves
+    states = C * (config.states_block_k * tf32_halves + config.states_block_v) * element_bytes
+    gradients_tile = 2 * C + 4 * config.gradients_block_k
+    gradients = gradients_tile * config.gradients_block_v * element_bytes
+    return {
+        "scan": scan_shared_memory(scan, block_k, C, element_bytes, free_p) + 4 * C * config.scan_block_v,
+        "matrices": max(matrices_v, matrices_k) + 4 * C * C * tf32_halves + SHARED_MEMORY_MARGIN,
+        "states": config.states_stages * states + SHARED_MEMORY_MARGIN,
+        "gradients": config.gradients_stages * gradients + SHARED_MEMORY_MARGIN,
+    }
+
+
+@functools.cache
+def choose_backward_config(
+    head_dim_k: int,
+    head_dim_v: int,
+    chunk_size: int,
+    element_bytes: int,
+    heads: int,
+    free_p: bool,
+    shared_memory_bytes: int,
+    multiprocessors: int,
+) -> BackwardConfig:
+    """The configuration of the backward for a shape; arguments and errors as of `choose_config`."""
+    block_k, block_v = block_size(head_dim_k), block_size(head_dim_v)
+    few = heads * -(-head_dim_v // 16) <= multiprocessors
+    scan_v = min(16 if few else 32, block_v)
+    chunk_v = min(32 if element_bytes == 4 else 64, block_v)
+    config = BackwardConfig(
+        scan_block_v=scan_v,
+        scan_warps=8 if block_k > 128 else 4,
+        states_block_k=min(64, block_k),
+        states_block_v=min(32, block_v),
+        matrices_block_v=chunk_v,
+        gradients_block_k=block_k if free_p else min(64, block_k),  # dp needs a whole row of p
+        gradients_block_v=chunk_v,
+        gradients_warps=8 if free_p else 4,
+        gradients_max_registers=168 if chunk_size == 64 and element_bytes == 2 and not free_p else None,
+    )
+    if chunk_size == 128:
+        config = replace(
+            config, attention_warps=8, scan_warps=8, matrices_warps=8, gradients_warps=8,
+            scan_stages=1, states_stages=1, gradients_stages=1,
+        )  # fmt: skip
+    if element_bytes == 4:
+        config = replace(config, scan_warps=4, scan_stages=1, states_stages=1, gradients_stages=1)
+    while True:
+        needed = backward_shared_memory(config, block_k, chunk_size, element_bytes, free_p)
+        kernel = max(needed, key=needed.get)
+        if needed[kernel] <= shared_memory_bytes:
+            return config
+        stages = getattr(config, f"{kernel}_stages")
+        if stages == 1:
+            raise ValueError(
+                f"chunk_size={chunk_size} with K={head_dim_k} and {element_bytes} bytes an element needs more shared "
+                f"memory in the backward pass than the {shared_memory_bytes} bytes of this GPU: use a smaller "
+                f"chunk_size, or call under torch.no_grad()"
+            )
+        config = replace(config, **{f"{kernel}_stages": stages - 1})

@@ -37,6 +37,7 @@ def chunk_momentum_delta_rule(
     use_qk_l2norm_in_kernel: bool = True,
     use_p_times_alpha: bool = True,
     chunk_size: int = 64,
+    save_memory: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Momentum DeltaNet (MDN), a linear-attention operator, computed in chunks of tokens.
 
@@ -69,6 +70,7 @@ def chunk_momentum_delta_rule(
         use_qk_l2norm_in_kernel: whether q, k and p are divided by their L2 norms first: x / sqrt(sum x^2 + 1e-6).
         use_p_times_alpha: whether p_t is multiplied by alpha_t, so that the prediction is made with the decayed state.
         chunk_size: tokens a chunk: 16, 32, 64 or 128. Changes speed and memory, not the result beyond rounding.
+        save_memory: whether the Triton kernels keep less for the backward pass, and need less in it, for more time.
 
     Returns:
         o [B, T, HV, V] in q's dtype, and the final state [2, N, HV, K, V] in float32 (float64 for float64 inputs), or
@@ -85,9 +87,9 @@ def chunk_momentum_delta_rule(
     if not isinstance(chunk_size, int) or chunk_size not in CHUNK_SIZES:
         raise ValueError(f"chunk_size={chunk_size!r} is not offered: use {_listed(CHUNK_SIZES)}")
     if q.is_cuda and q.dtype != torch.float64:
-        from .forward import chunk_triton  # here, so that Triton is needed on GPUs alone
+        from .chunk import chunk_triton  # here, so that Triton is needed on GPUs alone
 
-        return chunk_triton(*arguments.values(), chunk_size)
+        return chunk_triton(*arguments.values(), chunk_size, save_memory=save_memory)
     return chunk_mdn(**arguments, chunk_size=chunk_size)
 
 
@@ -156,21 +158,27 @@ def _checked(
 ) -> dict[str, Any]:  # fmt: skip
     """The arguments by name, in order, checked; cu_seqlens on q's device."""
     _check_tensor("q", q, None)
-    if q.ndim != 4 or 0 in q.shape:
+    device, shape = q.device, q.shape
+    if len(shape) != 4 or 0 in shape:
         raise ValueError(f"q has shape {_shape(q)}: it must be [B, T, H, K], each at least 1")
-    B, T, H, K = q.shape
-    _check_tensor("v", v, q, dtypes=(q.dtype,))
-    if v.ndim != 4 or v.shape[:2] != q.shape[:2] or 0 in v.shape:
+    B, T, H, K = shape
+    dtype = (q.dtype,)
+    _check_tensor("v", v, device, dtypes=dtype)
+    if v.ndim != 4 or v.shape[:2] != shape[:2] or 0 in v.shape:
         raise ValueError(f"v has shape {_shape(v)}: it must be [B, T, HV, V] with B, T = {B}, {T} as in q")
     HV, V = v.shape[2:]
     if HV % H:
         raise ValueError(f"v has {HV} heads: use a multiple of the {H} heads of q and k")
-    _check_tensor("k", k, q, (B, T, H, K), "[B, T, H, K], the shape of q", dtypes=(q.dtype,))
+    _check_tensor("k", k, device, shape, "[B, T, H, K], the shape of q", dtype)
     if p is not None:
-        _check_tensor("p", p, q, (B, T, H, K), "[B, T, H, K], the shape of q", dtypes=(q.dtype,))
-    for name, gate in (("log_alpha", log_alpha), ("log_mu", log_mu), ("beta", beta), ("eta", eta)):
-        if gate is not None or name.startswith("log"):
-            _check_tensor(name, gate, q, (B, T, HV), "[B, T, HV]")
+        _check_tensor("p", p, device, shape, "[B, T, H, K], the shape of q", dtype)
+    shape = (B, T, HV)
+    _check_tensor("log_alpha", log_alpha, device, shape, "[B, T, HV]")
+    _check_tensor("log_mu", log_mu, device, shape, "[B, T, HV]")
+    if beta is not None:
+        _check_tensor("beta", beta, device, shape, "[B, T, HV]")
+    if eta is not None:
+        _check_tensor("eta", eta, device, shape, "[B, T, HV]")
     # Not math.isfinite, which torch.compile cannot trace for a scale that varies.
     if scale is not None and not (isinstance(scale, Real) and abs(scale) < math.inf):
         raise ValueError(f"scale={scale!r} must be a finite number, or None for K ** -0.5")
@@ -179,7 +187,7 @@ def _checked(
         cu_seqlens = cu_seqlens.to(q.device)
     if initial_state is not None:
         sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
-        _check_tensor("initial_state", initial_state, q, (2, sequences, HV, K, V), "[2, N, HV, K, V]")
+        _check_tensor("initial_state", initial_state, device, (2, sequences, HV, K, V), "[2, N, HV, K, V]")
     return {
         "q": q,
         "k": k,
@@ -201,7 +209,7 @@ def _checked(
 def _check_tensor(
     name: str,
     x: Any,
-    q: Tensor | None,
+    device: torch.device | None,
     shape: tuple[int, ...] | None = None,
     meaning: str = "",
     dtypes: tuple[torch.dtype, ...] = DTYPES,
@@ -211,9 +219,9 @@ def _check_tensor(
     if x.dtype not in dtypes:
         remedy = f"convert it to {_listed(dtypes)}" + (", the dtype of q" if len(dtypes) == 1 else "")
         raise ValueError(f"{name} has dtype {x.dtype}: {remedy}")
-    if q is not None and x.device != q.device:
-        raise ValueError(f"{name} is on {x.device}: move it to {q.device}, the device of q")
-    if shape is not None and tuple(x.shape) != shape:
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} is on {x.device}: move it to {device}, the device of q")
+    if shape is not None and x.shape != shape:
         raise ValueError(f"{name} has shape {_shape(x)}: it must be {list(shape)} ({meaning})")
 
 

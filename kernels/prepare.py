@@ -70,15 +70,40 @@ def _inverse_norm(b_xx, o_i):
     return tl.rsqrt(tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_xx, 0.0), axis=1) + EPS)
 
 
+@triton.jit
+def decay_matrices(p_c, p_low, b_product, C: tl.constexpr):
+    """A' and U of a chunk, from its coefficients at p_c and what their logs lack at p_low, unless None.
+
+    b_product is any product of the chunk [C, C], and nothing needs its value (NaN where a key is not finite, after
+    which nothing is): it makes the compiler compute the decays in the registers where products are, instead of
+    exchanging them through shared memory (44 of 170 us of the prepare kernel on an H200).
+    """
+    o_i = tl.arange(0, C)
+    p_row = p_c + o_i[:, None]
+    p_col = p_c + o_i[None, :]
+    m_first = o_i[:, None] > 0
+    b_anchor = b_product * 0.0
+    b_log_a = tl.load(p_row + (LOG_A * C - 1), mask=m_first, other=0.0) - tl.load(p_col + LOG_A * C) + b_anchor
+    b_log_u = tl.load(p_row + LOG_U * C) - tl.load(p_col + LOG_U * C) + b_anchor
+    if p_low is not None:
+        b_log_a += tl.load(p_low + o_i[:, None] - 1, mask=m_first, other=0.0) - tl.load(p_low + o_i[None, :])
+        b_log_u += tl.load(p_low + C + o_i[:, None]) - tl.load(p_low + C + o_i[None, :])
+    b_a = tl.where(o_i[:, None] > o_i[None, :], tl.exp2(b_log_a), 0.0)
+    b_u = tl.where(o_i[:, None] >= o_i[None, :], tl.exp2(b_log_u), 0.0)
+    return b_a, b_u
+
+
 @triton.jit(do_not_specialize=["T", "N", "NT"])
 def prepare_fwd_kernel(
     q_ptr, k_ptr, p_ptr, inverse_ptr, attention_ptr, coefficients_ptr, low_ptr, cu_seqlens_ptr,
     scale, T, N, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    FREE_P: tl.constexpr, P_TIMES_ALPHA: tl.constexpr, L2NORM: tl.constexpr, VARLEN: tl.constexpr,
+    P_TIMES_ALPHA: tl.constexpr, L2NORM: tl.constexpr, VARLEN: tl.constexpr,
     SOLVE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: inverse and attention [C, C] of one chunk and value head; scales its coefficients by the norms.
+
+    Without inverse (None), in the backward, attention alone: the coefficients are scaled already.
 
     q, k, p: [tokens, H, K] contiguous; p only if FREE_P. inverse, attention: [slots, HV, C, C] in q's dtype. low: of
     the gates kernel.
@@ -101,44 +126,30 @@ def prepare_fwd_kernel(
     p_col = p_c + o_i[None, :]
 
     b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    if FREE_P:
+    if p_ptr is not None:
         b_p = tl.load(p_ptr + o_tile, mask=m_tile, other=0.0)
         b_pk = tl.dot(b_p, tl.trans(b_k), input_precision=PRECISION)
     else:
         b_pk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     if L2NORM:
         b_norm_q = _inverse_norm(tl.dot(b_q, tl.trans(b_q), input_precision=PRECISION), o_i)
-        if FREE_P:
+        if p_ptr is not None:
             b_norm_k = _inverse_norm(tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION), o_i)
             b_norm_p = _inverse_norm(tl.dot(b_p, tl.trans(b_p), input_precision=PRECISION), o_i)
         else:
             b_norm_k = _inverse_norm(b_pk, o_i)
             b_norm_p = b_norm_k
-        o_row = tl.arange(0, 8)[:, None]  # the rows that the scan reads, and one more
-        p_scan = p_c + o_row * C + o_i[None, :]
-        b_norm = tl.where(o_row <= READ_N, b_norm_p[None, :], b_norm_k[None, :])
-        b_norm = tl.where((o_row == OUT_S) | (o_row == OUT_N), b_norm_q[None, :], b_norm)
-        b_norm = tl.where(o_row < CARRY, b_norm, 1.0)
-        tl.store(p_scan, tl.load(p_scan) * b_norm)
+        if inverse_ptr is not None:
+            o_row = tl.arange(0, 8)[:, None]  # the rows that the scan reads, and one more
+            p_scan = p_c + o_row * C + o_i[None, :]
+            b_norm = tl.where(o_row <= READ_N, b_norm_p[None, :], b_norm_k[None, :])
+            b_norm = tl.where((o_row == OUT_S) | (o_row == OUT_N), b_norm_q[None, :], b_norm)
+            b_norm = tl.where(o_row < CARRY, b_norm, 1.0)
+            tl.store(p_scan, tl.load(p_scan) * b_norm)
 
-    # Nothing below needs b_anchor's value, 0 (NaN if a product is not finite): it makes the compiler compute the decays
-    # in the registers where the products above are, instead of exchanging them through shared memory (44 of 170 us on
-    # an H200).
-    b_anchor = b_qk * 0.0
     b_beta_max = tl.load(p_c + CARRY * C + 3)
-    m_below = o_i[:, None] > o_i[None, :]
-    m_upto = o_i[:, None] >= o_i[None, :]
-    b_log_a_before = tl.load(p_row + (LOG_A * C - 1), mask=o_i[:, None] > 0, other=0.0)
-    b_log_a = b_log_a_before - tl.load(p_col + LOG_A * C) + b_anchor
-    if low_ptr is not None:
-        p_low = low_ptr + index * (2 * C)
-        b_low_before = tl.load(p_low + o_i[:, None] - 1, mask=o_i[:, None] > 0, other=0.0)
-        b_log_a += b_low_before - tl.load(p_low + o_i[None, :])
-    b_a = tl.where(m_below, tl.exp2(b_log_a) * (tl.load(p_col + BETA * C) / b_beta_max), 0.0)
-    b_log_u = tl.load(p_row + LOG_U * C) - tl.load(p_col + LOG_U * C) + b_anchor
-    if low_ptr is not None:
-        b_log_u += tl.load(p_low + C + o_i[:, None]) - tl.load(p_low + C + o_i[None, :])
-    b_u = tl.where(m_upto, tl.exp2(b_log_u), 0.0)
+    b_a, b_u = decay_matrices(p_c, None if low_ptr is None else low_ptr + index * (2 * C), b_pk, C)
+    b_a *= tl.load(p_col + BETA * C) / b_beta_max
     b_g = tl.dot(b_a.to(SOLVE_DTYPE), b_u.to(SOLVE_DTYPE), input_precision=PRECISION)
 
     b_eta = tl.load(p_col + ETA * C)
@@ -158,5 +169,6 @@ def prepare_fwd_kernel(
     b_attention = (scale * b_alpha * b_g + scale * b_beta * b_u) * b_qk
     o_square = index * (C * C) + o_i[:, None] * C + o_i[None, :]
     tl.store(attention_ptr + o_square, b_attention.to(attention_ptr.dtype.element_ty))
-    b_t = invert_unit_lower(b_read * b_g * b_pk, C, SOLVE_DTYPE, PRECISION)
-    tl.store(inverse_ptr + o_square, b_t.to(inverse_ptr.dtype.element_ty))
+    if inverse_ptr is not None:
+        b_t = invert_unit_lower(b_read * b_g * b_pk, C, SOLVE_DTYPE, PRECISION)
+        tl.store(inverse_ptr + o_square, b_t.to(inverse_ptr.dtype.element_ty))

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import block_size
+from .launch import launch
 from .library import LIBRARY, OPTIONS, TOKEN_ARGUMENTS, on_device_of, register
 from .reference import L2NORM_EPS, recurrent_mdn
 
@@ -180,10 +181,10 @@ def recurrent_forward(
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens = (
+    q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens = [
         None if x is None else x.contiguous()
         for x in (q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens)
-    )
+    ]
     o = torch.empty_like(v)
     final_state = None
     if inplace:
@@ -192,11 +193,17 @@ def recurrent_forward(
         final_state = torch.empty((2, N, HV, K, V), dtype=torch.float32, device=v.device)
     config = config or default_config(K, V, N * HV)
     with on_device_of(q):
-        recurrent_fwd_kernel[(-(-V // config.BV) * N * HV,)](
-            q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, final_state,
-            K**-0.5 if scale is None else float(scale), T, N, H=H, HV=HV, K=K, V=V,
-            BK=block_size(K), BV=config.BV,
-            NORM=use_qk_l2norm_in_kernel, P_TIMES_ALPHA=use_p_times_alpha, ONE_TOKEN=T == 1 and cu_seqlens is None,
+        launch(
+            recurrent_fwd_kernel, (-(-V // config.BV) * N * HV,),
+            (
+                q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, final_state,
+                K**-0.5 if scale is None else float(scale), T, N,
+            ),
+            {
+                "H": H, "HV": HV, "K": K, "V": V, "BK": block_size(K), "BV": config.BV,
+                "NORM": use_qk_l2norm_in_kernel, "P_TIMES_ALPHA": use_p_times_alpha,
+                "ONE_TOKEN": T == 1 and cu_seqlens is None,
+            },
             num_warps=config.num_warps,
         )  # fmt: skip
     return o, final_state

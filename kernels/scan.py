@@ -15,36 +15,18 @@ import triton
 import triton.language as tl
 
 from .gates import CARRY, N_ROWS, OUT_S, READ_S, WRITE_S
+from .pairs import chunk_state_tile, double_rows, join_rows, scale_rows, split_rows, state_tile, sum_pairs
 from .slots import sequence_bounds
-
-
-@triton.jit
-def _sum_pairs(b_x, NB: tl.constexpr, N: tl.constexpr):
-    """S row + N row of a tile [16 NB, N]: [NB, 1, 8, N]."""
-    return tl.sum(tl.reshape(b_x, [NB, 2, 8, N]), axis=1, keep_dims=True)
-
-
-@triton.jit
-def _double(b_x, NB: tl.constexpr, N: tl.constexpr):
-    """Each row of [NB, 1, 8, N] as S row and as N row: [16 NB, N]."""
-    return tl.reshape(tl.broadcast_to(b_x, [NB, 2, 8, N]), [16 * NB, N])
-
-
-@triton.jit
-def _rows(b_c, NB: tl.constexpr, C: tl.constexpr):
-    """Coefficients [2, C] of S and of N, for every row of X: [16 NB, C]."""
-    return tl.reshape(tl.broadcast_to(tl.reshape(b_c, [1, 2, 1, C]), [NB, 2, 8, C]), [16 * NB, C])
 
 
 @triton.jit(do_not_specialize=["T", "N", "NT"])
 def scan_fwd_kernel(
     q_ptr, k_ptr, p_ptr, v_ptr, inverse_ptr, attention_ptr, coefficients_ptr, initial_state_ptr,
-    o_ptr, final_state_ptr, cu_seqlens_ptr,
+    o_ptr, errors_ptr, final_state_ptr, cu_seqlens_ptr,
     T, N, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
-    FREE_P: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BV value columns of one value head of one sequence, from its first chunk to its last.
 
@@ -62,17 +44,12 @@ def scan_fwd_kernel(
     o_i = tl.arange(0, C)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    o_r = tl.arange(0, 2 * BV)
-    is_n = (o_r // 8 % 2 == 1)[:, None]
-    o_rv = i_v * BV + (o_r // 16 * 8 + o_r % 8)  # value column of a row of X
     m_k = o_k < K
     m_v = o_v < V
 
+    o_state, m_state, is_n = state_tile(i_n, i_hv, o_k, i_v, N, HV, K, V, BV)
     sign = tl.where(is_n, -1.0, 1.0)  # M = -N
-    o_state = ((i_n.to(tl.int64) * HV + i_hv) * K + o_k)[None, :] * V + o_rv[:, None]
-    o_state += tl.where(is_n, N.to(tl.int64) * (HV * K * V), 0)
-    m_state = m_k[None, :] & (o_rv < V)[:, None]
-    if HAS_INITIAL:
+    if initial_state_ptr is not None:
         b_x = sign * tl.load(initial_state_ptr + o_state, mask=m_state, other=0.0).to(tl.float32)
     else:
         b_x = tl.zeros([2 * BV, BK], dtype=tl.float32)
@@ -84,10 +61,10 @@ def scan_fwd_kernel(
     p_q = q_ptr + (first * H + i_h) * K  # of the first chunk; they advance with the chunks
     p_k = k_ptr + (first * H + i_h) * K
     p_p = p_k
-    if FREE_P:
+    if p_ptr is not None:
         p_p = p_ptr + (first * H + i_h) * K
     p_v = v_ptr + (first * HV + i_hv) * V
-    p_o = o_ptr + (first * HV + i_hv) * V
+    o_out = (first * HV + i_hv) * V
     index = slot * HV + i_hv
     p_t = inverse_ptr + index * (C * C)
     p_a = attention_ptr + index * (C * C)
@@ -97,43 +74,163 @@ def scan_fwd_kernel(
         m_qk = m_t[:, None] & m_k[None, :]
         m_vo = m_t[:, None] & m_v[None, :]
         b_k = tl.load(p_k + o_qk, mask=m_qk, other=0.0)  # [C, BK]
-        b_q = tl.load(p_q + o_qk, mask=m_qk, other=0.0)
+        if o_ptr is not None:
+            b_q = tl.load(p_q + o_qk, mask=m_qk, other=0.0)
         b_p = b_k
-        if FREE_P:
+        if p_ptr is not None:
             b_p = tl.load(p_p + o_qk, mask=m_qk, other=0.0)
         b_v = tl.load(p_v + o_vo, mask=m_vo, other=0.0)  # [C, BV]
         b_t = tl.load(p_t + o_square)  # [C, C]
-        b_a = tl.load(p_a + o_square)
+        if o_ptr is not None:
+            b_a = tl.load(p_a + o_square)
 
         b_state = b_x.to(b_k.dtype)
         b_y = tl.dot(b_state, tl.trans(b_p), input_precision=PRECISION)  # [2BV, C]
-        b_y *= _rows(tl.load(p_c + READ_S * C + o_pair), NB, C)
-        b_w = tl.reshape(tl.trans(b_v).to(tl.float32), [NB, 1, 8, C]) - _sum_pairs(b_y, NB, C)
-        b_w = _double(b_w, NB, C).to(b_t.dtype)
+        b_y *= scale_rows(tl.load(p_c + READ_S * C + o_pair), NB, C)
+        b_w = tl.reshape(tl.trans(b_v).to(tl.float32), [NB, 1, 8, C]) - sum_pairs(b_y, NB, C)
+        b_w = double_rows(b_w, NB, C).to(b_t.dtype)
         b_r = tl.dot(b_w, tl.trans(b_t), input_precision=PRECISION)  # [2BV, C]
-        b_o = tl.dot(b_state, tl.trans(b_q), input_precision=PRECISION)
-        b_o *= _rows(tl.load(p_c + OUT_S * C + o_pair), NB, C)
-        b_half = tl.where(is_n, 0.0, b_r).to(b_a.dtype)  # R once, in the rows of S
-        b_o = tl.dot(b_half, tl.trans(b_a), acc=b_o, input_precision=PRECISION)
-        b_out = tl.trans(tl.reshape(_sum_pairs(b_o, NB, C), [BV, C]))
-        tl.store(p_o + o_vo, b_out.to(o_ptr.dtype.element_ty), mask=m_vo)
+        if errors_ptr is not None:
+            b_errors = tl.trans(tl.reshape(sum_pairs(0.5 * b_r, NB, C), [BV, C]))
+            tl.store(errors_ptr + o_out + o_vo, b_errors.to(errors_ptr.dtype.element_ty), mask=m_vo)
+        if o_ptr is not None:
+            b_o = tl.dot(b_state, tl.trans(b_q), input_precision=PRECISION)
+            b_o *= scale_rows(tl.load(p_c + OUT_S * C + o_pair), NB, C)
+            # R stands in the rows of S and again in those of N, and their sum is put out: half of both, or one of them.
+            if BK > 128:  # for the masked operand the compiler would choose a layout that spills
+                b_o += 0.5 * tl.dot(b_r.to(b_a.dtype), tl.trans(b_a), input_precision=PRECISION)
+            else:
+                b_once = tl.where(is_n, 0.0, b_r).to(b_a.dtype)
+                b_o = tl.dot(b_once, tl.trans(b_a), acc=b_o, input_precision=PRECISION)
+            b_out = tl.trans(tl.reshape(sum_pairs(b_o, NB, C), [BV, C]))
+            tl.store(o_ptr + o_out + o_vo, b_out.to(o_ptr.dtype.element_ty), mask=m_vo)
 
-        b_r *= _rows(tl.load(p_c + WRITE_S * C + o_pair), NB, C)
+        b_r *= scale_rows(tl.load(p_c + WRITE_S * C + o_pair), NB, C)
         p_carry = p_c + CARRY * C
-        b_s, b_n = tl.split(tl.permute(tl.reshape(b_x, [NB, 2, 8, BK]), (0, 2, 3, 1)))
+        b_s, b_n = split_rows(b_x, NB, BK)
         b_s = tl.load(p_carry) * b_s + tl.load(p_carry + 1) * b_n
         b_n = tl.load(p_carry + 2) * b_n
-        b_x = tl.reshape(tl.permute(tl.join(b_s, b_n), (0, 3, 1, 2)), [2 * BV, BK])
+        b_x = join_rows(b_s, b_n, NB, BK)
         b_x = tl.dot(b_r.to(b_k.dtype), b_k, acc=b_x, input_precision=PRECISION)
 
         p_q += C * H * K
         p_k += C * H * K
         p_p += C * H * K
         p_v += C * HV * V
-        p_o += C * HV * V
+        o_out += C * HV * V
         p_t += HV * C * C
         p_a += HV * C * C
         p_c += HV * N_ROWS * C
 
-    if STORE_FINAL:
+    if final_state_ptr is not None:
         tl.store(final_state_ptr + o_state, sign * b_x, mask=m_state)
+
+
+@triton.jit(do_not_specialize=["T", "N", "NT", "first_head"])
+def scan_bwd_kernel(
+    q_ptr, k_ptr, p_ptr, do_ptr, inverse_ptr, attention_ptr, coefficients_ptr, dfinal_state_ptr,
+    dv_ptr, dstates_ptr, dinitial_state_ptr, cu_seqlens_ptr,
+    T, N, NT, first_head,
+    H: tl.constexpr, HV: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: BV value columns of one of HEADS value heads from first_head, from the last chunk to the first.
+
+    q, k, p: [tokens, H, K]; do, dv: [tokens, HV, V]; dfinal_state (None for zeros) and dinitial_state (None where not
+    wanted): [2, N, HV, K, V], of S and M; dstates: [slots, HEADS, 2, V, K], the gradients of S and N that arrive at
+    the end of every chunk, or None; all contiguous. dv is dW, the gradient of V and of the errors before T.
+    """
+    NB: tl.constexpr = BV // 8
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_n = tl.program_id(0) // (NV * HEADS)
+    i_l = tl.program_id(0) // NV % HEADS
+    i_hv = first_head + i_l
+    i_h = i_hv // (HV // H)
+    first, end, slot = sequence_bounds(cu_seqlens_ptr, i_n, T, NT, C, VARLEN)
+    length = (end - first).to(tl.int32)
+    chunks = tl.cdiv(length, C)
+
+    o_i = tl.arange(0, C)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    o_state, m_state, is_n = state_tile(i_n, i_hv, o_k, i_v, N, HV, K, V, BV)
+    sign = tl.where(is_n, -1.0, 1.0)
+    if dfinal_state_ptr is not None:
+        b_x = sign * tl.load(dfinal_state_ptr + o_state, mask=m_state, other=0.0).to(tl.float32)
+    else:
+        b_x = tl.zeros([2 * BV, BK], dtype=tl.float32)
+
+    o_qk = o_i[:, None] * (H * K) + o_k[None, :]
+    o_vo = o_i[:, None] * (HV * V) + o_v[None, :]
+    o_pair = tl.arange(0, 2)[:, None] * C + o_i[None, :]
+    o_square = o_i[:, None] * C + o_i[None, :]
+    o_kept = chunk_state_tile(o_k, i_v, K, V, BV)
+    last = chunks - 1
+    start = first + last.to(tl.int64) * C
+    slot += last
+    p_q = q_ptr + (start * H + i_h) * K  # of the last chunk; they go back with the chunks
+    p_k = k_ptr + (start * H + i_h) * K
+    p_p = p_k
+    if p_ptr is not None:
+        p_p = p_ptr + (start * H + i_h) * K
+    p_do = do_ptr + (start * HV + i_hv) * V
+    p_dv = dv_ptr + (start * HV + i_hv) * V
+    index = slot * HV + i_hv
+    p_t = inverse_ptr + index * (C * C)
+    p_a = attention_ptr + index * (C * C)
+    p_c = coefficients_ptr + index * (N_ROWS * C)
+    o_x = (slot * HEADS + i_l) * (2 * V * K)
+    for i_back in tl.range(0, chunks, num_stages=STAGES):
+        m_t = (last - i_back) * C + o_i < length
+        m_qk = m_t[:, None] & m_k[None, :]
+        m_vo = m_t[:, None] & m_v[None, :]
+        b_k = tl.load(p_k + o_qk, mask=m_qk, other=0.0)  # [C, BK]
+        b_q = tl.load(p_q + o_qk, mask=m_qk, other=0.0)
+        b_p = b_k
+        if p_ptr is not None:
+            b_p = tl.load(p_p + o_qk, mask=m_qk, other=0.0)
+        b_do = tl.load(p_do + o_vo, mask=m_vo, other=0.0)  # [C, BV]
+        b_t = tl.load(p_t + o_square)  # [C, C]
+        b_a = tl.load(p_a + o_square)
+
+        b_state = b_x.to(b_k.dtype)
+        if dstates_ptr is not None:
+            tl.store(dstates_ptr + o_x + o_kept, b_state, mask=m_state)
+        b_do = double_rows(tl.reshape(tl.trans(b_do).to(tl.float32), [NB, 1, 8, C]), NB, C)  # [2BV, C]
+        b_dr = tl.dot(b_state, tl.trans(b_k), input_precision=PRECISION)
+        b_dr *= scale_rows(tl.load(p_c + WRITE_S * C + o_pair), NB, C)
+        b_once = tl.where(is_n, 0.0, b_do).to(b_a.dtype)  # in the rows of S alone
+        b_dr = tl.dot(b_once, b_a, acc=b_dr, input_precision=PRECISION)
+        b_dr = double_rows(sum_pairs(b_dr, NB, C), NB, C).to(b_t.dtype)
+        b_dw = tl.dot(b_dr, b_t, input_precision=PRECISION)
+        b_dv = tl.trans(tl.reshape(sum_pairs(0.5 * b_dw, NB, C), [BV, C]))
+        tl.store(p_dv + o_vo, b_dv.to(dv_ptr.dtype.element_ty), mask=m_vo)
+
+        p_carry = p_c + CARRY * C
+        b_s, b_n = split_rows(b_x, NB, BK)
+        b_n = tl.load(p_carry + 1) * b_s + tl.load(p_carry + 2) * b_n
+        b_s = tl.load(p_carry) * b_s
+        b_x = join_rows(b_s, b_n, NB, BK)
+        b_do *= scale_rows(tl.load(p_c + OUT_S * C + o_pair), NB, C)
+        b_x = tl.dot(b_do.to(b_q.dtype), b_q, acc=b_x, input_precision=PRECISION)
+        b_dw *= scale_rows(tl.load(p_c + READ_S * C + o_pair), NB, C)
+        if BK > 128:  # two products in a row into b_x would have it in a layout of its own for each
+            b_x -= tl.dot(b_dw.to(b_p.dtype), b_p, input_precision=PRECISION)
+        else:
+            b_x = tl.dot((-b_dw).to(b_p.dtype), b_p, acc=b_x, input_precision=PRECISION)
+
+        p_q -= C * H * K
+        p_k -= C * H * K
+        p_p -= C * H * K
+        p_do -= C * HV * V
+        p_dv -= C * HV * V
+        p_t -= HV * C * C
+        p_a -= HV * C * C
+        p_c -= HV * N_ROWS * C
+        o_x -= HEADS * 2 * V * K
+
+    if dinitial_state_ptr is not None:
+        tl.store(dinitial_state_ptr + o_state, sign * b_x, mask=m_state)

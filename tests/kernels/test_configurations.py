@@ -3,7 +3,14 @@
 import pytest
 from kernel_cases import compile_launches
 
-from mdnbench.kernels.config import KernelConfig, block_size, choose_config, scan_shared_memory
+from mdnbench.kernels.config import (
+    KernelConfig,
+    backward_shared_memory,
+    block_size,
+    choose_backward_config,
+    choose_config,
+    scan_shared_memory,
+)
 
 H200 = (232448, 132)  # shared memory a program may use in bytes, multiprocessors
 A100 = (166912, 108)
@@ -77,7 +84,7 @@ SHIPPED = {
 }
 # Bytes of stack (spills) a thread of the gates, prepare and scan kernels: the most that Triton 3.7.1 with its ptxas
 # 12.8.93 needs for the cases of that name, and 16 more, or 0. Prepare spills since its registers are limited.
-STACK_BYTES = {"sm_90": (0, 168, 192), "on an A100": (0, 848, 488), "float32": (0, 368, 184)}
+STACK_BYTES = {"sm_90": (0, 168, 184), "on an A100": (0, 976, 488), "float32": (0, 368, 184)}
 
 
 def test_shipped_configurations_compile():
@@ -98,8 +105,42 @@ def test_shipped_configurations_compile():
     assert next(launches, None) is None
 
 
+BACKWARD = {
+    name: {**case, "form": "backward", "states": True}
+    for name, case in SHIPPED.items()
+    if name in ("h16d128", "h16d128, few heads", "h16d128, free p, packed", "d64", "paper-1.3b", "float32")
+}
+# Stack as above, in the order of the launches: prepare (attention alone), scan, matrices, states, gradients, gates.
+BACKWARD_KERNELS = ("prepare_fwd", "scan_bwd", "matrices_bwd", "states_bwd", "gradients_bwd", "gates_bwd")
+BACKWARD_STACK_BYTES = {
+    "float32": (200, 0, 1960, 0, 136, 0),
+    "h16d128, few heads": (0, 240, 176, 0, 104, 40),
+    "h16d128, free p, packed": (0, 88, 176, 0, 376, 40),
+    "paper-1.3b": (0, 176, 664, 0, 120, 80),
+}
+
+
+def test_shipped_backward_configurations_compile():
+    launches = iter(compile_launches(list(BACKWARD.values())))
+    for name, case in BACKWARD.items():
+        used = [next(launches) for _ in BACKWARD_KERNELS]
+        assert [usage["kernel"].removesuffix("_kernel") for usage in used] == list(BACKWARD_KERNELS)
+        for usage, limit in zip(used, BACKWARD_STACK_BYTES.get(name, (0, 64, 176, 0, 104, 40)), strict=True):
+            assert usage["stack_bytes"] <= limit, (name, usage)
+        element_bytes, chunk_size = 4 if name == "float32" else 2, case.get("chunk_size", 64)
+        free_p = case.get("free_p", False)
+        shape = (case["K"], case["V"], chunk_size, element_bytes, case["B"] * case["HV"], free_p)
+        config = choose_backward_config(*shape, *H200)
+        estimates = backward_shared_memory(config, block_size(case["K"]), chunk_size, element_bytes, free_p)
+        for usage, kernel in zip(used[1:], estimates):
+            assert usage["shared_bytes"] <= estimates[kernel] <= H200[0], (name, kernel)
+    assert next(launches, None) is None
+
+
 def test_what_no_configuration_fits():
     with pytest.raises(ValueError, match="q has head dimension 512: the GPU kernels take up to 256"):
         choose_config(512, 64, 64, 2, 64, False, *H200)
+    with pytest.raises(ValueError, match="needs more shared memory in the backward pass than the 101376 bytes of this"):
+        choose_backward_config(128, 128, 64, 4, 64, False, *L40S)
     with pytest.raises(ValueError, match="chunk_size=64 with K=128 and 4 bytes an element needs more shared memory"):
         choose_config(128, 128, 64, 4, 64, True, *L40S)  # the scan would fit, the prepare kernel does not

@@ -14,7 +14,7 @@ from mdnbench.kernels.reference import chunk_mdn, recurrent_mdn
 
 # In the interpreter NumPy sees what the kernels mask afterwards: decays of the future, above the diagonal.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-forward = by_name(chunk_forward, chunk_size=32, config=None)
+forward = by_name(lambda *arguments: chunk_forward(*arguments)[:2], chunk_size=32, config=None)
 SMALL = {"B": 1, "T": 40, "H": 1, "HV": 1, "K": 16, "V": 24}
 FP32_ERROR = 5e-6 if DEVICE == "cpu" else 2e-5  # on a GPU products are of three TF32 products each
 
@@ -135,6 +135,30 @@ def test_strides_and_dtypes(make_inputs):
     inputs["initial_state"] = inputs["initial_state"].half().transpose(3, 4).contiguous().transpose(3, 4)
     bounds = torch.tensor([0, 9, 33, 9, 33, 9, 70], dtype=torch.int32, device=DEVICE)[::2]
     check_forward(inputs, {"output_final_state": True, "cu_seqlens": bounds}, 8e-4)
+
+
+@pytest.mark.parametrize("gate", ["log_alpha", "log_mu", "beta", "eta"])
+def test_a_gate_that_is_nan_shows(gate, make_inputs):
+    """From its token on; within its chunk, whose tokens are computed together, before it too."""
+    inputs = inputs_of(make_inputs, "layer", torch.float32, SMALL)
+    inputs[gate][:, 20] = float("nan")
+    o, state = forward(**inputs, **options_of({"chunk_size": 16}))
+    assert o[:, :16].isfinite().all()
+    assert o[:, 20:].isnan().all()
+    assert state.isnan().all()
+
+
+@pytest.mark.parametrize("free_p", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_spoils_its_token_alone(value, free_p, make_inputs):
+    inputs = inputs_of(make_inputs, "layer", torch.float32, SMALL, () if free_p else ("p",))
+    expected_o, expected_state = forward(**inputs, **options_of({}))
+    inputs["q"][:, 20, :, 3] = value
+    o, state = forward(**inputs, **options_of({}))
+    assert o[:, 20].isnan().all()
+    others = torch.arange(o.shape[1], device=DEVICE) != 20
+    assert torch.equal(o[:, others], expected_o[:, others])
+    assert torch.equal(state, expected_state)
 
 
 def test_the_same_bits_again(make_inputs):

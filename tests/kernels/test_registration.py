@@ -6,7 +6,7 @@ from kernel_cases import DEVICE, OPTIONAL, by_name, check, inputs_of
 from torch.utils.checkpoint import checkpoint
 
 from mdnbench.kernels import chunk_momentum_delta_rule
-from mdnbench.kernels.forward import chunk_triton
+from mdnbench.kernels.chunk import chunk_triton
 from mdnbench.kernels.operator import _checked
 from mdnbench.kernels.reference import recurrent_mdn
 
@@ -21,7 +21,14 @@ def test_registration(left_out, make_inputs):
     inputs = inputs_of(make_inputs, "layer", torch.float32, {**SMALL, "T": 5, "HV": 1}, left_out)
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     first = [inputs.pop(name) for name in ("q", "k", "v", "log_alpha", "log_mu")]
-    options = {**OPTIONAL, **inputs, "output_final_state": not left_out, "chunk_size": 16}
+    options = {
+        **OPTIONAL,
+        **inputs,
+        "output_final_state": not left_out,
+        "chunk_size": 16,
+        "for_backward": True,
+        "save_memory": False,
+    }
     torch.library.opcheck(torch.ops.mdnbench.chunk_mdn.default, (*first, *options.values()))
 
 

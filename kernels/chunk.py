@@ -1,0 +1,150 @@
+"""The chunk form as an operator of PyTorch: forward and backward registered, so that torch.compile keeps calls whole.
+
+`mdnbench::chunk_mdn` returns, beside its results, what its backward needs: a function of torch.library can hand that on
+in no other way. Where something is not there, an empty tensor stands for it, since a result cannot be None.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from .backward import chunk_backward
+from .config import choose_backward_config
+from .forward import chunk_forward
+from .gates import N_ROWS
+from .library import LIBRARY, OPTIONS, STATE, TOKEN_ARGUMENTS
+from .problem import limits_of
+from .slots import count_slots
+
+LIBRARY.define(
+    f"chunk_mdn({TOKEN_ARGUMENTS}, {STATE}, {OPTIONS}, int chunk_size, bool for_backward, bool save_memory) "
+    "-> (Tensor o, Tensor final_state, Tensor inverse, Tensor coefficients, Tensor low, Tensor errors)"
+)
+LIBRARY.define(
+    f"chunk_mdn_backward({TOKEN_ARGUMENTS}, Tensor? initial_state, {OPTIONS}, int chunk_size, Tensor inverse, "
+    "Tensor coefficients, Tensor? low, Tensor? errors, Tensor o, Tensor do, Tensor? dfinal_state, bool[] wanted) "
+    "-> Tensor[]"
+)
+
+
+def _or_none(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
+
+
+def _check_backward_fits(q, k, v, log_alpha, log_mu, p, *others) -> None:
+    """Raise where the forward would run and the backward, later, would not."""
+    heads = v.shape[0] * v.shape[2]  # the choice of tiles, not whether they fit, depends on it
+    limits = limits_of(q.device)
+    choose_backward_config(q.shape[3], v.shape[3], others[-1], q.element_size(), heads, p is not None, *limits)
+
+
+def _forward(*arguments) -> tuple[Tensor, ...]:
+    *arguments, for_backward, save_memory = arguments
+    if for_backward:
+        _check_backward_fits(*arguments)
+    o, final_state, *kept = chunk_forward(*arguments, keep_errors=for_backward and not save_memory)
+    kept = kept if for_backward else [None] * 4
+    nothing = (o.new_empty(0, dtype=x) for x in (o.dtype, torch.float32, torch.float32, o.dtype))
+    return (
+        o,
+        o.new_empty(0, dtype=torch.float32) if final_state is None else final_state,
+        *(empty if x is None else x for x, empty in zip(kept, nothing)),
+    )
+
+
+def _forward_fake(
+    q, k, v, log_alpha, log_mu, p, beta, eta, scale, initial_state, output_final_state, cu_seqlens,
+    use_qk_l2norm_in_kernel, use_p_times_alpha, chunk_size, for_backward, save_memory,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    B, T, HV, V = v.shape
+    C = chunk_size
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    slots = count_slots(T, N, C, cu_seqlens is not None)
+
+    def empty(*shape, like=v, dtype=None, wanted=for_backward) -> Tensor:
+        return like.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    return (
+        v.new_empty(v.shape),
+        empty(2, N, HV, q.shape[3], V, dtype=torch.float32, wanted=output_final_state),
+        empty(slots, HV, C, C),
+        empty(slots, HV, N_ROWS.value, C, dtype=torch.float32),
+        empty(slots, HV, 2, C, dtype=torch.float32, wanted=for_backward and q.dtype == torch.float32),
+        empty(*v.shape, wanted=for_backward and not save_memory),
+    )
+
+
+def _backward(*arguments) -> list[Tensor]:
+    grads = chunk_backward(*arguments)
+    return [arguments[0].new_empty(0) if x is None else x for x in grads]
+
+
+def _backward_fake(q, k, v, log_alpha, log_mu, p, beta, eta, scale, initial_state, *others) -> list[Tensor]:
+    inputs = (q, k, v, log_alpha, log_mu, p, beta, eta, initial_state)
+    return [x.new_empty(x.shape) if wanted else q.new_empty(0) for x, wanted in zip(inputs, others[-1])]
+
+
+def _save(ctx, inputs, output) -> None:
+    *tokens, ctx.scale, initial_state, ctx.output_final_state, cu_seqlens, norm, times_alpha, chunk_size, _, _ = inputs
+    ctx.options = (norm, times_alpha, chunk_size)
+    ctx.save_for_backward(*tokens, initial_state, cu_seqlens, *output[2:], output[0])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _differentiate(ctx, do: Tensor | None, dfinal_state: Tensor | None, *_):
+    *tokens, initial_state, cu_seqlens, inverse, coefficients, low, errors, o = ctx.saved_tensors
+    wanted = [*ctx.needs_input_grad[:8], ctx.needs_input_grad[9]]
+    grads = torch.ops.mdnbench.chunk_mdn_backward(
+        *tokens, ctx.scale, initial_state, cu_seqlens, *ctx.options,
+        inverse, coefficients, _or_none(low), _or_none(errors), o, torch.zeros_like(o) if do is None else do,
+        dfinal_state if ctx.output_final_state else None,
+        wanted,
+    )  # fmt: skip
+    *dtokens, dinitial_state = (x if want else None for x, want in zip(grads, wanted))
+    return *dtokens, None, dinitial_state, *[None] * 7
+
+
+LIBRARY.impl("chunk_mdn", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("chunk_mdn_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("mdnbench::chunk_mdn", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("mdnbench::chunk_mdn_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd("mdnbench::chunk_mdn", _differentiate, setup_context=_save, lib=LIBRARY)
+
+
+class _Eager(torch.autograd.Function):
+    """The same as the registered operator, without the 60 us that its dispatch takes."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_differentiate)
+
+
+def _is_eager(q: Tensor) -> bool:
+    """Whether nothing traces, counts or transforms calls."""
+    return (
+        type(q) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def chunk_triton(*arguments, save_memory: bool = False) -> tuple[Tensor, Tensor | None]:
+    """`chunk_momentum_delta_rule` with its arguments in order, checked, by the Triton kernels.
+
+    Args:
+        save_memory: as there.
+    """
+    for_backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    if not _is_eager(arguments[0]):
+        o, final_state, *_ = torch.ops.mdnbench.chunk_mdn(*arguments, for_backward, save_memory)
+    elif for_backward:
+        o, final_state, *_ = _Eager.apply(*arguments, for_backward, save_memory)
+    else:
+        return chunk_forward(*arguments)[:2]
+    return o, final_state if arguments[10] else None

@@ -1,0 +1,58 @@
+"""The tile that carries a state through the chunks: S and N of BV value columns, transposed, as X [2 BV, K] in float32.
+
+Rows alternate between S and N in groups of eight. In the accumulator layout of the tensor cores a thread then holds
+row r of S and row r of N, so that the two mix in registers, and X is a left operand from registers too. What has one
+row a value column, as W and R, is doubled to fill the tensor core's tile.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sum_pairs(b_x, NB: tl.constexpr, N: tl.constexpr):
+    """S row + N row of a tile [16 NB, N]: [NB, 1, 8, N]."""
+    return tl.sum(tl.reshape(b_x, [NB, 2, 8, N]), axis=1, keep_dims=True)
+
+
+@triton.jit
+def double_rows(b_x, NB: tl.constexpr, N: tl.constexpr):
+    """Each row of [NB, 1, 8, N] as S row and as N row: [16 NB, N]."""
+    return tl.reshape(tl.broadcast_to(b_x, [NB, 2, 8, N]), [16 * NB, N])
+
+
+@triton.jit
+def scale_rows(b_c, NB: tl.constexpr, C: tl.constexpr):
+    """Coefficients [2, C] of S and of N, for every row of X: [16 NB, C]."""
+    return tl.reshape(tl.broadcast_to(tl.reshape(b_c, [1, 2, 1, C]), [NB, 2, 8, C]), [16 * NB, C])
+
+
+@triton.jit
+def split_rows(b_x, NB: tl.constexpr, N: tl.constexpr):
+    """S and N of X [16 NB, N]: [NB, 8, N] each."""
+    return tl.split(tl.permute(tl.reshape(b_x, [NB, 2, 8, N]), (0, 2, 3, 1)))
+
+
+@triton.jit
+def join_rows(b_s, b_n, NB: tl.constexpr, N: tl.constexpr):
+    """The inverse of split_rows."""
+    return tl.reshape(tl.permute(tl.join(b_s, b_n), (0, 3, 1, 2)), [16 * NB, N])
+
+
+@triton.jit
+def state_tile(i_n, i_hv, o_k, i_v, N, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+    """Offsets (int64) of X's elements in a state [2, N, HV, K, V], their mask, and which rows are of N."""
+    o_r = tl.arange(0, 2 * BV)
+    is_n = (o_r // 8 % 2 == 1)[:, None]
+    o_rv = i_v * BV + (o_r // 16 * 8 + o_r % 8)  # value column of a row of X
+    o_state = ((i_n.to(tl.int64) * HV + i_hv) * K + o_k)[None, :] * V + o_rv[:, None]
+    o_state += tl.where(is_n, N.to(tl.int64) * (HV * K * V), 0)
+    return o_state, (o_k < K)[None, :] & (o_rv < V)[:, None], is_n
+
+
+@triton.jit
+def chunk_state_tile(o_k, i_v, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+    """Offsets of X's elements in the states of one chunk [2, V, K], S then N."""
+    o_r = tl.arange(0, 2 * BV)
+    o_rv = i_v * BV + (o_r // 16 * 8 + o_r % 8)
+    return ((o_r // 8 % 2) * V + o_rv)[:, None] * K + o_k[None, :]
