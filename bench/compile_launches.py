@@ -41,6 +41,8 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+
+
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """The launches that the operators make meanwhile, which then run nothing."""

@@ -15,7 +15,7 @@ from .gradients import gradients_bwd_kernel, matrices_bwd_kernel
 from .launch import launch
 from .library import on_device_of
 from .prepare import prepare_fwd_kernel
-from .problem import contiguous, limited, limits_of, problem_of
+from .problem import Problem, contiguous, limited, limits_of, problem_of
 from .scan import scan_bwd_kernel
 from .states import states_bwd_kernel
 
@@ -53,7 +53,7 @@ def chunk_backward(
     coefficients: Tensor,
     low: Tensor | None,
     errors: Tensor | None,
-    o: Tensor,
+    o: Tensor | None,
     do: Tensor,
     dfinal_state: Tensor | None,
     wanted: list[bool],
@@ -64,7 +64,7 @@ def chunk_backward(
     Args:
         q to chunk_size: as in the forward pass.
         inverse, coefficients, low, errors, o: of `chunk_forward`. Without errors (None) the scan runs again, and the
-            states are held for a part of the value heads at a time, half of them if it can be: slower, less memory.
+            states are held for half of the value heads at a time: slower, less memory. o may be None without L2 norm.
         do: [B, T, HV, V], gradient of the output.
         dfinal_state: [2, N, HV, K, V], gradient of the final state; None for zeros.
         wanted: for each field of `Gradients` whether to compute it.
@@ -72,36 +72,40 @@ def chunk_backward(
     """
     packed_sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
     x = problem_of(q.shape, v.shape, q.dtype, packed_sequences, scale, chunk_size, use_qk_l2norm_in_kernel)
-    free_p = p is not None
-    shape = (x.K, x.V, x.C, q.element_size(), x.N * x.HV, free_p, *limits_of(q.device))
+    shape = (x.K, x.V, x.C, q.element_size(), x.N * x.HV, p is not None, *limits_of(q.device))
     config = config or choose_backward_config(*shape)
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, do, dfinal_state = contiguous(
         q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, do, dfinal_state
     )
-    wants = Gradients(*wanted)
-    wants_gates = wants.dlog_alpha or wants.dlog_mu or wants.dbeta or wants.deta
-    wants_chunks = wants_gates or wants.dq or wants.dk or wants.dp  # and not what the scan gives alone
-    heads = x.HV if errors is not None else next((x.HV // n for n in range(2, x.HV) if x.HV % n == 0), 1)
+    want_q, want_k, want_v, want_alpha, want_mu, want_p, want_beta, want_eta, want_initial = wanted
+    want_gates = want_alpha or want_mu or want_beta or want_eta
+    want_chunks = want_gates or want_q or want_k or want_p  # and not what the scan gives alone
+    groups = [(0, x.HV)]  # first value head and number of those that are done together
+    if errors is None and want_chunks and x.HV > 1:
+        half = x.HV // 2
+        groups = [(0, x.HV - half), (x.HV - half, half)]
+    heads = groups[0][1]
     key_tiles = -(-x.K // config.gradients_block_k)
     state_tiles = -(-x.K // config.states_block_k) * -(-x.V // config.states_block_v)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=q.device)
 
     dv = torch.empty_like(v)
-    dinitial_state = empty(2, x.N, x.HV, x.K, x.V) if wants.dinitial_state else None
+    dinitial_state = empty(2, x.N, x.HV, x.K, x.V) if want_initial else None
     dq = dk = dp = states = dstates = local = dcoefficients = None
-    if wants_chunks:
+    if want_chunks:
         states, dstates = (empty(x.slots, heads, 2, x.V, x.K, dtype=q.dtype) for _ in range(2))
         local = empty(x.slots, x.HV, N_LOCAL_ROWS.value, x.C)
-    if wants_gates:
+    if want_gates:
         dcoefficients = empty(x.slots, x.HV, key_tiles, N_D_ROWS.value, x.C)
-    of_heads = {
-        "H": x.H, "HV": x.HV, "HEADS": heads, "K": x.K, "V": x.V, "C": x.C, "BK": block_size(x.K),
-        "VARLEN": x.packed, "PRECISION": x.precision,
+    sizes = {
+        "H": x.H, "HV": x.HV, "K": x.K, "V": x.V, "C": x.C, "BK": block_size(x.K), "VARLEN": x.packed,
+        "PRECISION": x.precision,
     }  # fmt: skip
+    of_norms = {"L2NORM": use_qk_l2norm_in_kernel}
     with on_device_of(q):
-        if errors is None and wants_chunks:
+        if errors is None and want_chunks:
             errors = torch.empty_like(v)
             launch_scan(
                 x, choose_config(*shape), q, k, p, v, inverse, None, coefficients, initial_state,
@@ -114,7 +118,8 @@ def chunk_backward(
             of_prepare(x, use_p_times_alpha, use_qk_l2norm_in_kernel),
             num_warps=config.attention_warps,
         )  # fmt: skip
-        for first_head in range(0, x.HV, heads):
+        for first_head, heads in groups:
+            of_heads = {**sizes, "HEADS": heads}
             launch(
                 scan_bwd_kernel, (-(-x.V // config.scan_block_v) * x.N * heads,),
                 (
@@ -122,16 +127,16 @@ def chunk_backward(
                     cu_seqlens, x.T, x.N, x.NT, first_head,
                 ),
                 {**of_heads, "BV": config.scan_block_v, "STAGES": config.scan_stages},
-                num_warps=config.scan_warps, num_stages=config.scan_stages, **limited(config.scan_max_registers),
+                **_options(config, "scan"),
             )  # fmt: skip
-            if not wants_chunks:
+            if not want_chunks:
                 continue
+            if first_head + heads == x.HV:
+                attention = None  # its memory may hold gradients
             if first_head == 0:
-                if heads == x.HV:
-                    attention = None  # its memory may hold gradients
+                dtype = q.dtype if x.HV == x.H else torch.float32
                 dq, dk, dp = (
-                    empty(x.B, x.T, x.HV, x.K, dtype=q.dtype if x.HV == x.H else torch.float32) if wanted else None
-                    for wanted in (wants.dq, wants.dk, wants.dp)
+                    empty(x.B, x.T, x.HV, x.K, dtype=dtype) if want else None for want in (want_q, want_k, want_p)
                 )
             launch(
                 matrices_bwd_kernel, (x.slots * heads,),
@@ -140,18 +145,19 @@ def chunk_backward(
                     x.scale, x.T, x.N, x.NT, first_head,
                 ),
                 {
-                    **of_heads, "BV": config.matrices_block_v, "P_TIMES_ALPHA": use_p_times_alpha,
-                    "L2NORM": use_qk_l2norm_in_kernel, "GATES": bool(wants_gates), "DTYPE": x.matrix_dtype,
-                    "STAGES": config.matrices_stages,
+                    **of_heads, "BV": config.matrices_block_v, "P_TIMES_ALPHA": use_p_times_alpha, **of_norms,
+                    "GATES": want_gates, "DTYPE": x.matrix_dtype, "STAGES": config.matrices_stages,
                 },
-                num_warps=config.matrices_warps, num_stages=config.matrices_stages,
-                **limited(config.matrices_max_registers),
+                **_options(config, "matrices"),
             )  # fmt: skip
             launch(
                 states_bwd_kernel, (state_tiles * x.N * heads,),
                 (k, errors, coefficients, initial_state, states, cu_seqlens, x.T, x.N, x.NT, first_head),
-                {**of_heads, "BK": config.states_block_k, "BV": config.states_block_v, "STAGES": config.states_stages},
-                num_warps=config.states_warps, num_stages=config.states_stages,
+                {
+                    **of_heads, "BK": config.states_block_k, "BV": config.states_block_v,
+                    "STAGES": config.states_stages,
+                },
+                **_options(config, "states"),
             )  # fmt: skip
             launch(
                 gradients_bwd_kernel, (x.slots * heads * key_tiles,),
@@ -160,22 +166,18 @@ def chunk_backward(
                     cu_seqlens, x.T, x.N, x.NT, first_head,
                 ),
                 {
-                    **of_heads, "BK": config.gradients_block_k, "BV": config.gradients_block_v,
-                    "L2NORM": use_qk_l2norm_in_kernel, "STAGES": config.gradients_stages,
+                    **of_heads, "BK": config.gradients_block_k, "BV": config.gradients_block_v, **of_norms,
+                    "STAGES": config.gradients_stages,
                 },
-                num_warps=config.gradients_warps, num_stages=config.gradients_stages,
-                **limited(config.gradients_max_registers),
+                **_options(config, "gradients"),
             )  # fmt: skip
-        del states, dstates
-        gates = zip((log_alpha, log_mu, beta, eta), (wants.dlog_alpha, wants.dlog_mu, wants.dbeta, wants.deta))
-        dgates = [torch.empty_like(gate) if wanted else None for gate, wanted in gates]
-        if wants_gates:
+        del states, dstates, errors
+        gates = ((log_alpha, want_alpha), (log_mu, want_mu), (beta, want_beta), (eta, want_eta))
+        dgates = [torch.empty_like(gate) if want else None for gate, want in gates]
+        if want_gates:
             launch(
                 gates_bwd_kernel, (x.slots, -(-x.HV // x.block_h)),
-                (
-                    log_alpha, log_mu, beta, eta, dcoefficients, local, *dgates, cu_seqlens,
-                    x.scale, x.T, x.N, x.NT,
-                ),
+                (log_alpha, log_mu, beta, eta, dcoefficients, local, *dgates, cu_seqlens, x.scale, x.T, x.N, x.NT),
                 {
                     "HV": x.HV, "C": x.C, "BH": x.block_h, "KT": key_tiles, "P_TIMES_ALPHA": use_p_times_alpha,
                     "VARLEN": x.packed, "SUM_DTYPE": tl.float32 if low is None else tl.float64,
@@ -183,9 +185,21 @@ def chunk_backward(
                 num_warps=2,
             )  # fmt: skip
     if x.HV != x.H:
-        groups = (x.B, x.T, x.H, x.HV // x.H, x.K)
-        dq, dk, dp = (None if d is None else d.view(groups).sum(3).to(q.dtype) for d in (dq, dk, dp))
-    if dinitial_state is not None:
+        dq = _sum_of_groups(dq, x, q.dtype)
+        dk = _sum_of_groups(dk, x, q.dtype)
+        dp = _sum_of_groups(dp, x, q.dtype)
+    if want_initial:
         dinitial_state = dinitial_state.to(initial_state.dtype)
     dlog_alpha, dlog_mu, dbeta, deta = dgates
-    return Gradients(dq, dk, dv if wants.dv else None, dlog_alpha, dlog_mu, dp, dbeta, deta, dinitial_state)
+    return Gradients(dq, dk, dv if want_v else None, dlog_alpha, dlog_mu, dp, dbeta, deta, dinitial_state)
+
+
+def _options(config: BackwardConfig, kernel: str) -> dict[str, int]:
+    """Options of the compiler from the fields of a kernel."""
+    warps, stages = getattr(config, f"{kernel}_warps"), getattr(config, f"{kernel}_stages")
+    return {"num_warps": warps, "num_stages": stages, **limited(getattr(config, f"{kernel}_max_registers"))}
+
+
+def _sum_of_groups(dx: Tensor | None, x: Problem, dtype: torch.dtype) -> Tensor | None:
+    """Gradient of a head [B, T, H, K] from those of its value heads [B, T, HV, K]."""
+    return None if dx is None else dx.view(x.B, x.T, x.H, x.HV // x.H, x.K).sum(3).to(dtype)

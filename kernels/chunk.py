@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backward import chunk_backward
@@ -17,6 +16,7 @@ from .forward import chunk_forward
 from .gates import N_ROWS
 from .library import LIBRARY, OPTIONS, STATE, TOKEN_ARGUMENTS
 from .problem import limits_of
+from .reference import differentiable_once
 from .slots import count_slots
 
 LIBRARY.define(
@@ -25,7 +25,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     f"chunk_mdn_backward({TOKEN_ARGUMENTS}, Tensor? initial_state, {OPTIONS}, int chunk_size, Tensor inverse, "
-    "Tensor coefficients, Tensor? low, Tensor? errors, Tensor o, Tensor do, Tensor? dfinal_state, bool[] wanted) "
+    "Tensor coefficients, Tensor? low, Tensor? errors, Tensor? o, Tensor do, Tensor? dfinal_state, bool[] wanted) "
     "-> Tensor[]"
 )
 
@@ -34,11 +34,13 @@ def _or_none(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
-def _check_backward_fits(q, k, v, log_alpha, log_mu, p, *others) -> None:
+def _check_backward_fits(
+    q, k, v, log_alpha, log_mu, p, beta, eta, scale, state, want_state, cu_seqlens, *options
+) -> None:
     """Raise where the forward would run and the backward, later, would not."""
-    heads = v.shape[0] * v.shape[2]  # the choice of tiles, not whether they fit, depends on it
-    limits = limits_of(q.device)
-    choose_backward_config(q.shape[3], v.shape[3], others[-1], q.element_size(), heads, p is not None, *limits)
+    sequences = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    shape = (q.shape[3], v.shape[3], options[-1], q.element_size(), sequences * v.shape[2], p is not None)
+    choose_backward_config(*shape, *limits_of(q.device))
 
 
 def _forward(*arguments) -> tuple[Tensor, ...]:
@@ -90,18 +92,22 @@ def _backward_fake(q, k, v, log_alpha, log_mu, p, beta, eta, scale, initial_stat
 def _save(ctx, inputs, output) -> None:
     *tokens, ctx.scale, initial_state, ctx.output_final_state, cu_seqlens, norm, times_alpha, chunk_size, _, _ = inputs
     ctx.options = (norm, times_alpha, chunk_size)
-    ctx.save_for_backward(*tokens, initial_state, cu_seqlens, *output[2:], output[0])
+    o = output[0] if norm else None  # the gradient through the L2 norm needs it
+    ctx.save_for_backward(*tokens, initial_state, cu_seqlens, *output[2:], o)
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
+@differentiable_once
 def _differentiate(ctx, do: Tensor | None, dfinal_state: Tensor | None, *_):
     *tokens, initial_state, cu_seqlens, inverse, coefficients, low, errors, o = ctx.saved_tensors
     wanted = [*ctx.needs_input_grad[:8], ctx.needs_input_grad[9]]
+    if not inverse.numel():
+        raise RuntimeError("chunk_mdn kept nothing for its backward pass: call it with for_backward=True")
+    v = tokens[2]
     grads = torch.ops.mdnbench.chunk_mdn_backward(
         *tokens, ctx.scale, initial_state, cu_seqlens, *ctx.options,
-        inverse, coefficients, _or_none(low), _or_none(errors), o, torch.zeros_like(o) if do is None else do,
+        inverse, coefficients, _or_none(low), _or_none(errors), o, torch.zeros_like(v) if do is None else do,
         dfinal_state if ctx.output_final_state else None,
         wanted,
     )  # fmt: skip
@@ -140,7 +146,10 @@ def chunk_triton(*arguments, save_memory: bool = False) -> tuple[Tensor, Tensor 
     Args:
         save_memory: as there.
     """
-    for_backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    # Inside a transform such as vmap a tensor does not say whether the one that it wraps requires gradients.
+    for_backward = torch.is_grad_enabled() and (
+        torch._C._are_functorch_transforms_active() or any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    )
     if not _is_eager(arguments[0]):
         o, final_state, *_ = torch.ops.mdnbench.chunk_mdn(*arguments, for_backward, save_memory)
     elif for_backward:

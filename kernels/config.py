@@ -22,7 +22,8 @@ class KernelConfig:
         block_v: value columns a program of the scan, a power of two from 16.
         scan_warps, scan_stages: warps a program and chunks in flight of the scan.
         prepare_warps: warps a program of the prepare kernel.
-        prepare_max_registers: registers a thread of it may use, None for no limit; a limit trades spills for occupancy.
+        prepare_max_registers, scan_max_registers: registers a thread of each may use, None for no limit; a limit trades
+            spills for occupancy.
     """
 
     block_v: int
@@ -46,7 +47,8 @@ class BackwardConfig:
             warps a program, tiles in flight.
         gradients_block_k, gradients_block_v, gradients_warps, gradients_stages: the same of the kernel of a chunk's
             states, a program of which has gradients_block_k columns of K.
-        scan_max_registers, matrices_max_registers, gradients_max_registers: registers a thread, None for no limit.
+        scan_max_registers, states_max_registers, matrices_max_registers, gradients_max_registers: registers a thread,
+            None for no limit.
     """
 
     attention_warps: int = 4
@@ -65,6 +67,7 @@ class BackwardConfig:
     gradients_warps: int = 4
     gradients_stages: int = 2
     scan_max_registers: int | None = None
+    states_max_registers: int | None = None
     matrices_max_registers: int | None = None
     gradients_max_registers: int | None = None
 
@@ -139,6 +142,9 @@ def choose_config(
     while (
         max(prepare_bytes, scan_shared_memory(config, block_k, chunk_size, element_bytes, free_p)) > shared_memory_bytes
     ):
+        if config.scan_stages == 1 and config.block_v > 16 and prepare_bytes <= shared_memory_bytes:
+            config = replace(config, block_v=config.block_v // 2)
+            continue
         if config.scan_stages == 1:
             raise ValueError(
                 f"chunk_size={chunk_size} with K={head_dim_k} and {element_bytes} bytes an element needs more shared "
@@ -152,16 +158,19 @@ def backward_shared_memory(
     config: BackwardConfig, block_k: int, chunk_size: int, element_bytes: int, free_p: bool
 ) -> dict[str, int]:
     """The same of the kernels of the backward, by the prefix of their fields in `BackwardConfig`."""
-    C, tf32_halves = chunk_size, 2 if element_bytes == 4 else 1
+    C = chunk_size
     scan = KernelConfig(config.scan_block_v, config.scan_warps, config.scan_stages)
     matrices_v = 5 * C * config.matrices_block_v * element_bytes * config.matrices_stages
-    matrices_k = (3 if free_p else 2) * C * block_k * element_bytes * tf32_halves
-    states = C * (config.states_block_k * tf32_halves + config.states_block_v) * element_bytes
-    gradients_tile = 2 * C + 4 * config.gradients_block_k
-    gradients = gradients_tile * config.gradients_block_v * element_bytes
+    if element_bytes == 4:  # operands of one product at a time, as two TF32 halves
+        matrices = max(matrices_v, 3 * C * block_k * 4, 4 * C * C * 4) + 1024
+        states = C * (2 * config.states_block_k + config.states_block_v) * 4
+    else:
+        matrices = max(matrices_v, (3 if free_p else 2) * C * block_k * 2) + 4 * C * C + SHARED_MEMORY_MARGIN
+        states = C * (config.states_block_k + config.states_block_v) * 2
+    gradients = (2 * C + 4 * config.gradients_block_k) * config.gradients_block_v * element_bytes
     return {
         "scan": scan_shared_memory(scan, block_k, C, element_bytes, free_p) + 4 * C * config.scan_block_v,
-        "matrices": max(matrices_v, matrices_k) + 4 * C * C * tf32_halves + SHARED_MEMORY_MARGIN,
+        "matrices": matrices,
         "states": config.states_stages * states + SHARED_MEMORY_MARGIN,
         "gradients": config.gradients_stages * gradients + SHARED_MEMORY_MARGIN,
     }
@@ -183,10 +192,11 @@ def choose_backward_config(
     few = heads * -(-head_dim_v // 16) <= multiprocessors
     scan_v = min(16 if few else 32, block_v)
     chunk_v = min(32 if element_bytes == 4 else 64, block_v)
+    small_tiles = heads * -(-block_k // 64) * -(-head_dim_v // 32)  # of the states
     config = BackwardConfig(
         scan_block_v=scan_v,
         scan_warps=8 if block_k > 128 else 4,
-        states_block_k=min(64, block_k),
+        states_block_k=min(64 if small_tiles <= 4 * multiprocessors else 128, block_k),
         states_block_v=min(32, block_v),
         matrices_block_v=chunk_v,
         gradients_block_k=block_k if free_p else min(64, block_k),  # dp needs a whole row of p
@@ -207,10 +217,13 @@ def choose_backward_config(
         if needed[kernel] <= shared_memory_bytes:
             return config
         stages = getattr(config, f"{kernel}_stages")
-        if stages == 1:
+        if stages > 1:
+            config = replace(config, **{f"{kernel}_stages": stages - 1})
+        elif kernel == "scan" and config.scan_block_v > 16:
+            config = replace(config, scan_block_v=config.scan_block_v // 2)
+        else:
             raise ValueError(
                 f"chunk_size={chunk_size} with K={head_dim_k} and {element_bytes} bytes an element needs more shared "
                 f"memory in the backward pass than the {shared_memory_bytes} bytes of this GPU: use a smaller "
                 f"chunk_size, or call under torch.no_grad()"
             )
-        config = replace(config, **{f"{kernel}_stages": stages - 1})

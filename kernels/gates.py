@@ -274,11 +274,13 @@ def gates_bwd_kernel(
         b_out = tl.load(p_local + LOCAL_ALPHA * C, mask=m_h, other=0.0) + b_alpha * b_b_before * b_dalpha_b
         b_out += tl.cumsum(b_da, axis=0, reverse=True)
         b_out += tl.cumsum(b_da_to_end, axis=0)
+        b_out = tl.where(b_log_alpha <= LOG_GATE_FLOOR * LOG2E, 0.0, b_out)
         tl.store(dlog_alpha_ptr + o_gate, b_out.to(dlog_alpha_ptr.dtype.element_ty), mask=m)
     if dlog_mu_ptr is not None:
         b_out = tl.load(p_local + LOCAL_MU * C, mask=m_h, other=0.0) + b_mu * b_dg_before * b_g
         b_out += tl.cumsum(b_du, axis=0, reverse=True)
         b_out += tl.cumsum(b_dw, axis=0)
+        b_out = tl.where(b_log_mu <= LOG_GATE_FLOOR * LOG2E, 0.0, b_out)
         tl.store(dlog_mu_ptr + o_gate, b_out.to(dlog_mu_ptr.dtype.element_ty), mask=m)
     if dbeta_ptr is not None:
         b_out = tl.load(p_local + LOCAL_BETA * C, mask=m_h, other=0.0) + b_db * b_u + b_dg * b_a_to_end

@@ -1,4 +1,4 @@
-"""Backward, stage 3: the gradients of one chunk from what arrives at its ends, all chunks at once.
+"""Backward: the gradients of a chunk through its matrices, and through the states at its ends; all chunks at once.
 
 With D = tril(dO R^T), E = -strict_tril(dW R^T) the gradients of A_qk and L, and with the elements of both but for their
 products of tokens,
@@ -56,7 +56,7 @@ from .slots import locate_chunk
 
 
 @triton.jit
-def _inverse_norms(b_x):
+def _inverse_row_norms(b_x):
     """1 / ||x_i|| for every row of b_x [C, BK]."""
     return tl.rsqrt(tl.sum(b_x.to(tl.float32) * b_x.to(tl.float32), axis=1) + EPS)
 
@@ -65,6 +65,14 @@ def _inverse_norms(b_x):
 def _row_sums(b_x, b_y):
     """Scalar product of every row of b_x and b_y."""
     return tl.sum(b_x.to(tl.float32) * b_y.to(tl.float32), axis=1)
+
+
+@triton.jit
+def _to_operand(b_x, DTYPE: tl.constexpr):
+    """In DTYPE, within float16's range: an entry is beyond it where tokens are zero, and is multiplied by them."""
+    if tl.float16 == DTYPE:
+        b_x = tl.clamp(b_x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return b_x.to(DTYPE)
 
 
 @triton.jit
@@ -149,9 +157,9 @@ def matrices_bwd_kernel(
     else:
         b_p = b_k
     if L2NORM:
-        b_norm_q = _inverse_norms(b_q)
-        b_norm_k = _inverse_norms(b_k)
-        b_norm_p = _inverse_norms(b_p)
+        b_norm_q = _inverse_row_norms(b_q)
+        b_norm_k = _inverse_row_norms(b_k)
+        b_norm_p = _inverse_row_norms(b_p)
         tl.store(p_local + NORM_Q * C + o_i, b_norm_q)
         tl.store(p_local + NORM_K * C + o_i, b_norm_k)
         tl.store(p_local + NORM_P * C + o_i, b_norm_p)
@@ -179,8 +187,8 @@ def matrices_bwd_kernel(
         b_read = b_read * b_alpha
     b_d = tl.where(m_upto, b_d, 0.0) * (scale * b_norm_q) * b_norm_k
     b_e = tl.where(m_below, -b_e, 0.0) * b_read * b_norm_k
-    b_f = (b_d * (b_alpha * b_g + b_beta * b_u) * b_eta).to(b_k.dtype)
-    b_h = (b_e * b_g * b_eta).to(b_k.dtype)
+    b_f = _to_operand(b_d * (b_alpha * b_g + b_beta * b_u) * b_eta, b_k.dtype)
+    b_h = _to_operand(b_e * b_g * b_eta, b_k.dtype)
     o_dqk = (o_t * HV + i_hv)[:, None] * K + o_k[None, :]
     if dq_ptr is not None:
         b_dq = tl.dot(b_f, b_k, input_precision=PRECISION)
@@ -189,10 +197,10 @@ def matrices_bwd_kernel(
         b_dp = tl.dot(b_h, b_k, input_precision=PRECISION)
         tl.store(dp_ptr + o_dqk, b_dp.to(dp_ptr.dtype.element_ty), mask=m_qk)
     if dk_ptr is not None:
-        b_dk = tl.dot(tl.trans(b_f), b_q, input_precision=PRECISION)
-        b_dk = tl.dot(tl.trans(b_h), b_p, acc=b_dk, input_precision=PRECISION)
+        b_dk = tl.dot(tl.trans(b_h), b_p, input_precision=PRECISION)
         if p_ptr is None:
             b_dk = tl.dot(b_h, b_k, acc=b_dk, input_precision=PRECISION)
+        b_dk = tl.dot(tl.trans(b_f), b_q, acc=b_dk, input_precision=PRECISION)
         tl.store(dk_ptr + o_dqk, b_dk.to(dk_ptr.dtype.element_ty), mask=m_qk)
 
     if GATES:

@@ -1,7 +1,7 @@
 """What PyTorch is told of the Triton operators, so that torch.compile keeps a call whole and autograd goes through it.
 
-An operator registered here runs its Triton kernels forward; its backward recomputes with the PyTorch form and takes the
-gradients from there. Only inputs are kept for backward.
+`register` is for an operator that runs its Triton kernels forward and recomputes with a PyTorch form backward, keeping
+its inputs alone. The chunk form has a backward of its own, in chunk.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .reference import differentiable_once
 
 LIBRARY = torch.library.Library("mdnbench", "FRAGMENT")
 
@@ -22,7 +23,7 @@ TOKEN_ARGUMENTS = (
 OPTIONS = "Tensor? cu_seqlens, bool use_qk_l2norm_in_kernel, bool use_p_times_alpha"
 STATE = "Tensor? initial_state, bool output_final_state"
 
-Forward = Callable[..., tuple[Tensor, Tensor | None]]
+Operator = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
@@ -30,16 +31,15 @@ def on_device_of(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else nullcontext()
 
 
-def register(name: str, launch: Forward, reference: Forward, more_options: str = "") -> Forward:
+def register(name: str, launch: Operator, reference: Operator) -> Operator:
     """Register `mdnbench::<name>` and return the function that calls it.
 
     Args:
         name: of the operator.
-        launch: runs the kernels; takes the arguments of the public function in order, then `more_options`.
+        launch: runs the kernels; takes the arguments of the public function in order.
         reference: the PyTorch form, differentiable, with the same arguments.
-        more_options: schema of further arguments, such as "int chunk_size".
     """
-    schema = ", ".join(filter(None, (TOKEN_ARGUMENTS, STATE, OPTIONS, more_options)))
+    schema = f"{TOKEN_ARGUMENTS}, {STATE}, {OPTIONS}"
     LIBRARY.define(f"{name}({schema}) -> (Tensor, Tensor)")
 
     def run(*arguments) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def register(name: str, launch: Forward, reference: Forward, more_options: str =
         ctx.options = inputs[12:]
         ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
 
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, do: Tensor, dfinal_state: Tensor):
         *tensors, cu_seqlens = (None if x is None else x.detach() for x in ctx.saved_tensors)
         wanted = [*ctx.needs_input_grad[:8], ctx.needs_input_grad[9]]

@@ -1,7 +1,8 @@
 """The public MDN operators: documentation, argument checks, and the choice of the code that runs.
 
 Signatures, defaults, state layout and meaning are those of the functions of the same names in fla-core 0.6.0.
-Beyond those: float32 and float64, `cu_seqlens`, value heads in groups, chunk size 128, inputs of any strides.
+Beyond those: float32 and float64, `cu_seqlens`, value heads in groups, chunk size 128, inputs of any strides,
+`save_memory`.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ def fused_recurrent_momentum_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Momentum DeltaNet (MDN) token by token, for decoding and short sequences.
 
-    Arguments, results and errors are those of `chunk_momentum_delta_rule`, without `chunk_size` and with `inplace`.
+    Arguments, results and errors are those of `chunk_momentum_delta_rule`, without `chunk_size` and `save_memory`, and
+    with `inplace`.
     Computes in float32 (float64 for float64 inputs). A backward pass keeps the states of every token: use the chunk
     form for training.
 

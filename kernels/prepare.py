@@ -105,8 +105,8 @@ def prepare_fwd_kernel(
 
     Without inverse (None), in the backward, attention alone: the coefficients are scaled already.
 
-    q, k, p: [tokens, H, K] contiguous; p only if FREE_P. inverse, attention: [slots, HV, C, C] in q's dtype. low: of
-    the gates kernel.
+    q, k, p: [tokens, H, K] contiguous; p None where it is k. inverse, attention: [slots, HV, C, C] in q's dtype. low:
+    of the gates kernel.
     """
     slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV

@@ -9,16 +9,32 @@ nothing is checked here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .layout import ChunkLayout
 
 L2NORM_EPS = 1e-6
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """A backward pass that is an error where it would have to be differentiated in turn.
+
+    PyTorch's `once_differentiable` finds out when the second derivative is taken, and not at all where the gradient
+    that arrives is a constant, as that of a sum.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        if torch.is_grad_enabled():  # the caller said create_graph=True
+            raise RuntimeError("the MDN operators are differentiable once: call without create_graph=True")
+        return backward(ctx, *grads)
+
+    return run
 
 
 def recurrent_mdn(
@@ -148,7 +164,7 @@ class _ChunkMDN(torch.autograd.Function):
             return o, layout.unpack_state(state.flatten(1, 2)) if options.output_final_state else None
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, do, dfinal_state):
         *inputs, R = ctx.saved_tensors
         initial_state = inputs[-1]

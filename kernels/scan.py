@@ -4,11 +4,14 @@
     O  = (out_s * Q S) + (out_n * Q N) + A_qk R
     S' = a_C S + b_C N + K^T (write_s * R)              N' = u_C N + K^T (write_n * R)
 
-A program carries a tile of S and N for BV value columns through all chunks of a sequence. The state is kept transposed,
-as one float32 tile X [2 BV, K] whose rows alternate between S and N in groups of eight: in the accumulator layout of
-the tensor cores a thread then holds row r of S and row r of N, so S and N mix in registers, and X is the left operand
-of its products from registers (with eight warps and BV <= 32 from shared memory, see `scan_shared_memory`). W and R
-have BV rows only; they are doubled to fill the tensor core's tile.
+and in reverse, from the gradients dS, dN of the states that leave a chunk to those of the states that enter it:
+
+    dR   = A_qk^T dO + write_s * K dS + write_n * K dN         dV = dW = T^T dR
+    dS_0 = a_C dS + Q^T (out_s * dO) - P^T (read_s * dW)
+    dN_0 = b_C dS + u_C dN + Q^T (out_n * dO) - P^T (read_n * dW)
+
+A program carries a tile X of pairs.py, of BV value columns, through all chunks of a sequence. X is the left operand of
+its products from registers (with eight warps and BV <= 32 from shared memory, see `scan_shared_memory`).
 """
 
 import triton
@@ -67,7 +70,8 @@ def scan_fwd_kernel(
     o_out = (first * HV + i_hv) * V
     index = slot * HV + i_hv
     p_t = inverse_ptr + index * (C * C)
-    p_a = attention_ptr + index * (C * C)
+    if o_ptr is not None:
+        p_a = attention_ptr + index * (C * C)
     p_c = coefficients_ptr + index * (N_ROWS * C)
     for i_c in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
         m_t = i_c * C + o_i < length
@@ -119,7 +123,8 @@ def scan_fwd_kernel(
         p_v += C * HV * V
         o_out += C * HV * V
         p_t += HV * C * C
-        p_a += HV * C * C
+        if o_ptr is not None:
+            p_a += HV * C * C
         p_c += HV * N_ROWS * C
 
     if final_state_ptr is not None:

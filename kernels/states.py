@@ -1,4 +1,4 @@
-"""Backward, stage 1: the states that enter every chunk, rebuilt from the errors R that the forward kept.
+"""Backward: the states that enter every chunk, rebuilt from the errors R that the forward kept.
 
     S' = a_C S + b_C N + K^T (write_s * R)              N' = u_C N + K^T (write_n * R)
 

@@ -1,0 +1,391 @@
+"""Configurations that a search has found fast and right, kept as JSON: shipped in tuned/, and in the user's cache.
+
+A file holds the entries of one GPU model. An entry is for a direction ("forward", "backward"), a dtype, K, V, a chunk
+size, and powers of two of the heads and of the length. A tuned entry holds for the kernels, Triton, ptxas and torch it
+was found with: another compiler may make wrong code of it. Where there is none for the heads and the length at hand,
+the nearest one serves, with a notice: the code is the same but for counts.
+
+An entry marked "hand-chosen" is what the table of config.py chooses for a shape of the presets, without a time: it
+holds the place of a tuned one, and a call asks the table itself. A call never searches, unless MDNBENCH_AUTOTUNE=1 is
+set when this is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .space import CONFIGS, Config, Shape, why_invalid
+
+SCHEMA_VERSION = 1
+AUTOTUNE = "MDNBENCH_AUTOTUNE"
+TUNED, HAND_CHOSEN = "tuned", "hand-chosen"
+SHIPPED_FOLDER = Path(__file__).with_name("tuned")
+_SOURCES = ("gates", "prepare", "scan", "states", "gradients", "pairs", "slots", "forward", "backward")
+_LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
+_HEADS_WEIGHT = 2  # of a factor of two in heads, against one in length: heads decide which tiles fill the GPU
+
+log = logging.getLogger("mdnbench")
+_autotune = os.environ.get(AUTOTUNE) == "1"
+
+
+class Gpu(NamedTuple):
+    """A GPU as far as configurations depend on it."""
+
+    name: str
+    compute_capability: str  # "9.0"
+    shared_memory_bytes: int  # a program may use
+    multiprocessors: int
+
+
+class Versions(NamedTuple):
+    """What made the code that was found right."""
+
+    kernels: str  # `source_hash`
+    triton: str
+    ptxas: str
+    torch: str  # major.minor
+
+
+class Key(NamedTuple):
+    """What an entry is for. Buckets are powers of two, rounded up, as exponents."""
+
+    direction: str
+    dtype: str
+    head_dim_k: int
+    head_dim_v: int
+    chunk_size: int
+    free_p: bool
+    heads_bucket: int  # of value heads of all sequences together
+    length_bucket: int  # of tokens a sequence
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stored configuration.
+
+    Attributes:
+        key: what it is for.
+        config: fields of the configuration.
+        source: "tuned" or "hand-chosen".
+        versions: what it holds for; None for hand-chosen.
+        latency_ms: median of the whole direction, cold L2 cache; None where nothing was measured.
+        runner_ups: configurations that came next, the best first.
+        place: "shipped" or "user"; not stored.
+    """
+
+    key: Key
+    config: dict[str, int | None]
+    source: str
+    versions: Versions | None = None
+    latency_ms: float | None = None
+    runner_ups: tuple[dict[str, int | None], ...] = ()
+    place: str = "user"
+
+
+def bucket(count: int) -> int:
+    """The exponent of the power of two that is at least `count`."""
+    return max(count - 1, 0).bit_length()
+
+
+def tuned_config(direction: str, x: Any, q: Any, free_p: bool) -> Config | None:
+    """The stored configuration for a call, or None: the table of config.py then decides. Under 2 us after the first.
+
+    Args:
+        direction: "forward" or "backward".
+        x: the `Problem` of the call.
+        q: the queries, which say dtype and device.
+        free_p: whether p is given.
+    """
+    device = q.device
+    if device.type != "cuda":
+        return None
+    N = x.N or 1
+    found, tuned = _find(
+        direction, device.index, q.dtype, x.K, x.V, x.C, free_p,
+        (N * x.HV - 1).bit_length(), (max(x.T // N if x.packed else x.T, 1) - 1).bit_length(),
+    )  # fmt: skip
+    if _autotune and not tuned and not free_p:
+        return _search(direction, x, q)
+    return found
+
+
+@functools.cache
+def _find(
+    direction: str, device_index: int, dtype: Any, K: int, V: int, C: int, free_p: bool, heads: int, length: int
+) -> tuple[Config | None, bool]:
+    """The configuration, and whether it was tuned for this very key and these versions."""
+    gpu = gpu_of(device_index)
+    key = Key(direction, str(dtype).removeprefix("torch."), K, V, C, free_p, heads, length)
+    entry, notice = look_up(key, gpu)
+    if notice is not None:
+        _notice(notice)
+    if entry is None:
+        return None, False
+    return CONFIGS[direction](**entry.config), notice is None
+
+
+def look_up(key: Key, gpu: Gpu, versions: Versions | None = None) -> tuple[Entry | None, str | None]:
+    """The entry that serves `key` on `gpu`, None where the table of config.py does, and a sentence where there are
+    tuned ones and none is for this key and these versions. The user's go before the shipped, near before far.
+
+    Args:
+        versions: that the code is made with; None means those installed.
+    """
+    tuned = [entry for entry in entries_of(gpu) if entry.key[:6] == key[:6] and entry.source == TUNED]
+    if not tuned:
+        return None, None
+    shape = Shape(
+        key.head_dim_k, key.head_dim_v, key.chunk_size, 4 if key.dtype == "float32" else 2, 1 << key.heads_bucket,
+        key.free_p, gpu.shared_memory_bytes, gpu.multiprocessors,
+    )  # fmt: skip
+    versions = versions or installed_versions(gpu.compute_capability)
+    right = [entry for entry in tuned if entry.versions == versions and _is_valid(entry, shape)]
+    near = min(right, key=lambda entry: _distance(entry.key, key), default=None)
+    if near is None:
+        return None, (
+            f"what was tuned for {describe(tuned[0].key)} is for {_versions(tuned[0].versions)}, "
+            f"not {_versions(versions)}: it is left out"
+        )
+    if near.key != key:
+        return near, f"{describe(key)} is not tuned on this GPU: it uses what was found for {describe(near.key)}"
+    return near, None
+
+
+def _is_valid(entry: Entry, shape: Shape) -> bool:
+    try:
+        return why_invalid(entry.key.direction, CONFIGS[entry.key.direction](**entry.config), shape) is None
+    except (TypeError, KeyError):  # fields of another version of the kernels
+        return False
+
+
+def _distance(one: Key, other: Key) -> int:
+    return _HEADS_WEIGHT * abs(one.heads_bucket - other.heads_bucket) + abs(one.length_bucket - other.length_bucket)
+
+
+def describe(key: Key) -> str:
+    """A key for people."""
+    p = ", free p" if key.free_p else ""
+    return (
+        f"the {key.direction} at K={key.head_dim_k} V={key.head_dim_v} C={key.chunk_size} {key.dtype}{p}, "
+        f"up to {1 << key.heads_bucket} heads and {1 << key.length_bucket} tokens"
+    )
+
+
+def _versions(versions: Versions) -> str:
+    return f"kernels {versions.kernels}, Triton {versions.triton}, ptxas {versions.ptxas}, torch {versions.torch}"
+
+
+@functools.cache
+def _notice(what: str) -> None:
+    log.warning("%s; `mdnbench tune` finds a configuration (shown once)", what)
+
+
+def forget() -> None:
+    """Read the files again at the next look-up."""
+    entries_of.cache_clear()
+    _find.cache_clear()
+
+
+def user_folder() -> Path:
+    """$XDG_CACHE_HOME/mdnbench/tuned, or ~/.cache/mdnbench/tuned."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdnbench" / "tuned"
+
+
+def file_of(folder: Path, gpu_name: str) -> Path:
+    """The file of a GPU model: NVIDIA-H200.json."""
+    return folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', gpu_name).strip('-')}.json"
+
+
+@functools.cache
+def entries_of(gpu: Gpu) -> tuple[Entry, ...]:
+    """The user's entries and then the shipped ones. A file that cannot be read counts as empty, with a notice."""
+    found: list[Entry] = []
+    for place, folder in (("user", user_folder()), ("shipped", SHIPPED_FOLDER)):
+        path = file_of(folder, gpu.name)
+        try:
+            stored, entries = read(path, place)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as fault:
+            _notice(f"{path} is left out ({fault})")
+            continue
+        if stored.compute_capability == gpu.compute_capability:
+            found += entries
+    return tuple(found)
+
+
+def read(path: Path, place: str = "user") -> tuple[Gpu, list[Entry]]:
+    """The GPU and the entries of a file.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it is no file of this schema version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"its schema version is {content['schema_version']}, not {SCHEMA_VERSION}")
+        return Gpu(**content["gpu"]), [_entry(fields, place) for fields in content["entries"]]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
+        raise ValueError(f"it is damaged: {type(fault).__name__}: {fault}") from None
+
+
+def _entry(fields: dict[str, Any], place: str) -> Entry:
+    versions = fields["versions"]
+    return Entry(
+        Key(**fields["key"]), dict(fields["config"]), fields["source"], versions and Versions(**versions),
+        fields["latency_ms"], tuple(fields["runner_ups"]), place,
+    )  # fmt: skip
+
+
+def write(folder: Path, gpu: Gpu, entries: Sequence[Entry]) -> Path:
+    """Add entries to the file of a GPU in a folder; both are made when absent. One for the same key and versions is
+    replaced, and a hand-chosen one by any for its key. Readers see the old file or the new one. Raises as `read`.
+
+    Returns:
+        The file.
+    """
+    path = file_of(folder, gpu.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        before = read(path)[1] if path.exists() else []
+        kept = {(entry.key, entry.versions): entry for entry in [*before, *entries]}
+        tuned = {entry.key for entry in kept.values() if entry.source == TUNED}
+        lines = []
+        for entry in sorted(kept.values(), key=lambda entry: (entry.key, entry.versions or ())):
+            if entry.source == HAND_CHOSEN and entry.key in tuned:
+                continue
+            fields = asdict(entry)
+            del fields["place"]
+            fields["key"] = entry.key._asdict()
+            fields["versions"] = entry.versions and entry.versions._asdict()
+            lines.append(f"  {json.dumps(fields)}")
+        head = [f' "schema_version": {SCHEMA_VERSION},', f' "gpu": {json.dumps(gpu._asdict())},', ' "entries": [']
+        text = "\n".join(["{", *head, ",\n".join(lines), " ]", "}"]) + "\n"
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    forget()
+    return path
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One writer at a time, where the system can."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+@functools.cache
+def gpu_of(device_index: int) -> Gpu:
+    """Of a CUDA device of this process."""
+    import torch
+
+    from .problem import limits_of
+
+    properties = torch.cuda.get_device_properties(device_index)
+    limits = limits_of(torch.device("cuda", device_index))
+    return Gpu(properties.name, f"{properties.major}.{properties.minor}", *limits)
+
+
+@functools.cache
+def installed_versions(compute_capability: str) -> Versions:
+    """Of the kernels here and of what compiles them; "none" where something is absent."""
+    torch = metadata.version("torch").split(".")
+    return Versions(source_hash(), _version("triton"), ptxas_version(compute_capability), ".".join(torch[:2]))
+
+
+def _version(package: str) -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return "none"
+
+
+def ptxas_version(compute_capability: str) -> str:
+    """Of the assembler that Triton calls for a GPU, such as 12.8.93; "none" where it cannot be found."""
+    try:
+        from triton.backends.nvidia import compiler
+
+        try:
+            tool = compiler.get_ptxas(int(compute_capability.replace(".", "")))
+        except TypeError:  # Triton 3.4 and before take no architecture
+            tool = compiler.get_ptxas()
+        path = tool[0] if isinstance(tool, tuple) else tool.path
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    except (ImportError, AttributeError, RuntimeError, OSError, subprocess.CalledProcessError):
+        return "none"
+    release = re.search(r"V(\d+\.\d+\.\d+)", text)
+    return release[1] if release else "none"
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of the kernels and their launchers: 12 hexadecimal digits. Comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update(code_of(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")).encode())
+    return digest.hexdigest()[:12]
+
+
+def code_of(source: str) -> str:
+    """A source text reduced to what is run."""
+    words, starts = [], True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in _LAYOUT or (starts and token.type in (tokenize.STRING, tokenize.NEWLINE)):
+            continue  # a docstring, and its end
+        names = {tokenize.NEWLINE: "\n", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
+        words.append(names.get(token.type, token.string))
+        starts = token.type in names
+    # Python 3.12 cuts f-strings into tokens, with and without spaces: the same text for all versions.
+    return "".join(words).replace(" ", "")
+
+
+_searched: set[tuple[str, ...]] = set()
+
+
+def _search(direction: str, x: Any, q: Any) -> Config | None:
+    """Tune a shape in a process of its own, once, and look again: a fault of a candidate ends it and not the caller."""
+    N = x.N or 1
+    length = max(x.T // N if x.packed else x.T, 1)
+    options = {
+        "batch": N, "heads": x.H, "value-heads": x.HV, "seq-len": length, "head-dim": x.K, "v-head-dim": x.V,
+        "chunk-size": x.C, "dtype": str(q.dtype).removeprefix("torch."), "device": str(q.device),
+    }  # fmt: skip
+    arguments = tuple(f"--{name}={value}" for name, value in options.items())
+    if arguments not in _searched:
+        _searched.add(arguments)
+        log.warning("%s=1: mdnbench tune %s", AUTOTUNE, " ".join(arguments))
+        command = [sys.executable, "-c", "from mdnbench.bench.cli import main; raise SystemExit(main())", "tune"]
+        variables = {name: value for name, value in os.environ.items() if name != AUTOTUNE}
+        run = subprocess.run([*command, *arguments], capture_output=True, text=True, env=variables)
+        if run.returncode:
+            reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+            log.warning("tuning failed (%s): the table of config.py is used", reason)
+        forget()
+    return _find(
+        direction, q.device.index, q.dtype, x.K, x.V, x.C, False, bucket(N * x.HV), bucket(length)
+    )[0]  # fmt: skip
