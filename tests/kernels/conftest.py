@@ -104,16 +104,26 @@ def make_inputs():
 def evaluate():
     """A function that gives o, the final state and all gradients, for fixed gradients arriving at both of the former.
 
-    `function` is called with the inputs in `dtype` (None: as they are) and `options`.
+    `function` is called with the inputs in `dtype` (None: as they are) and `options`. Gradients arrive at those of o
+    and the final state that `arriving` names, rounded to the dtype of q, and those of the inputs that `wanted` names
+    (None: all) are computed; zeros for what none reaches.
     """
 
-    def run(function, inputs, dtype=None, **options):
-        leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in inputs.items() if x is not None}
-        o, state = function(**leaves, output_final_state=True, **options)
+    def run(function, inputs, dtype=None, arriving=("o", "final_state"), wanted=None, **options):
+        inputs = {name: x.detach() for name, x in inputs.items() if x is not None}
+        arguments = {name: x.to(dtype or x.dtype) for name, x in inputs.items()}
+        leaves = {name: arguments[name].requires_grad_() for name in wanted or inputs}
+        results = dict(zip(("o", "final_state"), function(**arguments, **{"output_final_state": True, **options})))
         generator = torch.Generator().manual_seed(1)
-        upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (o, state)]
-        grads = torch.autograd.grad((o, state), list(leaves.values()), upstream)
-        return {"o": o.detach(), "final_state": state.detach(), **{f"d{n}": g for n, g in zip(leaves, grads)}}
+        upstream = {
+            name: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(inputs["q"].dtype).to(x)
+            for name, x in results.items()
+            if x is not None
+        }
+        ends, starts = [results[name] for name in arriving], [upstream[name] for name in arriving]
+        grads = torch.autograd.grad(ends, list(leaves.values()), starts, allow_unused=True, materialize_grads=True)
+        results = {name: results[name].detach() for name in upstream}
+        return {**results, **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
 
     return run
 
@@ -122,17 +132,19 @@ def evaluate():
 def assert_close():
     """A function that compares results of `evaluate` by relative norm, and by size where the true value is 0."""
 
-    def check(computed, true, value_error=1e-5, gradient_error=1e-4, zero_error=1e-6):
+    def check(computed, true, value_error=1e-5, gradient_error=1e-4, zero_error=1e-6, log_gate_error=None):
         assert computed.keys() == true.keys()
+        limits = dict.fromkeys(true, gradient_error) | dict.fromkeys(("o", "final_state"), value_error)
+        if log_gate_error is not None:
+            limits |= dict.fromkeys(("dlog_alpha", "dlog_mu"), log_gate_error)
         for name, expected in true.items():
-            got = computed[name].double()
+            got, expected = computed[name].double(), expected.double()
             assert got.shape == expected.shape, name
             assert got.isfinite().all(), f"{name} is not finite"
             zeros = got[expected == 0].abs().max().item() if (expected == 0).any() else 0.0
             assert zeros <= zero_error, f"{name}: {zeros:.1e} where the true value is 0"
-            norm = expected.double().norm()
+            norm = expected.norm()
             error = ((got - expected).norm() / norm).item() if norm > 0 else 0.0
-            limit = gradient_error if name.startswith("d") else value_error
-            assert error <= limit, f"{name}: relative error {error:.1e}, limit {limit:.0e}"
+            assert error <= limits[name], f"{name}: relative error {error:.1e}, limit {limits[name]:.0e}"
 
     return check

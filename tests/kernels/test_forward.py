@@ -1,11 +1,24 @@
 """The chunk kernels against the operator in float64: interpreted on the CPU, and as they are on a GPU."""
 
 import time
-from itertools import accumulate
 
 import pytest
 import torch
-from kernel_cases import DEVICE, REAL, TOKEN_TENSORS, by_name, check, gpu, inputs_of, options_of, poisoned
+from kernel_cases import (
+    DEVICE,
+    FEATURES,
+    REAL,
+    SMALL,
+    TOKEN_TENSORS,
+    by_name,
+    case_of,
+    check,
+    exact,
+    gpu,
+    inputs_of,
+    options_of,
+    poisoned,
+)
 
 from mdnbench.kernels import chunk_momentum_delta_rule
 from mdnbench.kernels.config import KernelConfig
@@ -15,52 +28,7 @@ from mdnbench.kernels.reference import chunk_mdn, recurrent_mdn
 # In the interpreter NumPy sees what the kernels mask afterwards: decays of the future, above the diagonal.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 forward = by_name(lambda *arguments: chunk_forward(*arguments)[:2], chunk_size=32, config=None)
-SMALL = {"B": 1, "T": 40, "H": 1, "HV": 1, "K": 16, "V": 24}
 FP32_ERROR = 5e-6 if DEVICE == "cpu" else 2e-5  # on a GPU products are of three TF32 products each
-
-# name -> (changes to SMALL, names of inputs left out, options)
-FEATURES = {
-    "free p": ({}, (), {}),
-    "tied p": ({}, ("p",), {}),
-    "tied p, not decayed": ({}, ("p",), {"use_p_times_alpha": False}),
-    "free p, not decayed": ({}, (), {"use_p_times_alpha": False}),
-    "no L2 norm": ({}, (), {"use_qk_l2norm_in_kernel": False}),
-    "no L2 norm, tied p": ({}, ("p",), {"use_qk_l2norm_in_kernel": False}),
-    "no beta": ({}, ("beta",), {}),
-    "no eta": ({}, ("eta",), {}),
-    "no beta, eta, p": ({}, ("beta", "eta", "p"), {}),
-    "no initial state": ({}, ("initial_state",), {}),
-    "no final state": ({}, (), {"output_final_state": False}),
-    "no state at all": ({}, ("initial_state",), {"output_final_state": False}),
-    "scale": ({}, (), {"scale": 2}),
-    "two sequences": ({"B": 2}, (), {}),
-    "three value heads a head": ({"B": 2, "H": 2, "HV": 6}, (), {}),
-    "as many value heads as heads": ({"H": 3, "HV": 3}, (), {}),
-    "more value heads than a program of the gates": ({"H": 1, "HV": 17, "T": 5}, (), {}),
-    "sizes that are no power of two": ({"K": 20, "V": 33}, (), {}),
-    "three V tiles": ({"V": 150}, (), {}),
-    "largest K": ({"K": 256, "T": 20}, (), {"chunk_size": 16}),
-    "largest V": ({"V": 512, "T": 20}, (), {"chunk_size": 16}),
-    "packed": ({"T": 170, "N": 8}, (), {"cu_seqlens": [0, 0, 32, 33, 33, 98, 162, 170, 170]}),
-    "packed, chunks of 16": ({"T": 66, "N": 5, "HV": 2}, (), {"cu_seqlens": [0, 16, 47, 48, 48, 66], "chunk_size": 16}),
-    "packed, chunks of 64": ({"T": 200, "N": 4}, (), {"cu_seqlens": [0, 64, 65, 193, 200], "chunk_size": 64}),
-    "packed, tied p, no initial state": ({"T": 70, "N": 3}, ("p", "initial_state"), {"cu_seqlens": [0, 35, 35, 70]}),
-    "packed, one token": ({"T": 1, "N": 3}, (), {"cu_seqlens": [0, 0, 1, 1]}),
-    "packed, many short": (
-        {"T": 104, "N": 20},
-        (),
-        {"cu_seqlens": [0, *accumulate([0, 5, 1, 3, 17] * 4)], "chunk_size": 16},
-    ),
-}
-
-
-def case_of(feature, dtype, make_inputs, **sizes):
-    """Inputs and options of a feature; without the L2 norm of length 0.8, on average, for a stable recurrence."""
-    changes, left_out, options = FEATURES[feature]
-    inputs = inputs_of(make_inputs, "layer", dtype, {**SMALL, **sizes, **changes}, left_out)
-    if not options.get("use_qk_l2norm_in_kernel", True):
-        inputs.update({name: x * (0.8 * x.shape[-1] ** -0.5) for name, x in inputs.items() if name in ("q", "k", "p")})
-    return inputs, options_of(options)
 
 
 def recurrence(chunk_size=None, config=None, **arguments):
@@ -165,16 +133,6 @@ def test_the_same_bits_again(make_inputs):
     inputs = inputs_of(make_inputs, "mild", torch.float32, SMALL)
     for first, second in zip(forward(**inputs, **options_of({})), forward(**inputs, **options_of({}))):
         assert torch.equal(first, second)
-
-
-def exact(chunk_size=None, **arguments):
-    """The chunk form in PyTorch in float64, itself tested against the recurrence; fast on a GPU."""
-    return chunk_mdn(
-        **{
-            name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-            for name, x in arguments.items()
-        }
-    )
 
 
 def check_on_gpu(inputs, options, error, function=chunk_momentum_delta_rule):
