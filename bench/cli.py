@@ -221,4 +221,4 @@ def _print_json(rows: Iterable[Any]) -> None:
     print(json.dumps(list(rows), indent=1, default=str))
 
 
-from . import cli_check, cli_peaks, cli_profile, cli_regress, cli_report, cli_track  # noqa: E402, F401 - their commands are registered on app, which has to be there
+from . import cli_check, cli_peaks, cli_profile, cli_regress, cli_report, cli_track, cli_tune  # noqa: E402, F401 - their commands are registered on app, which has to be there

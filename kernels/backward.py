@@ -18,6 +18,7 @@ from .prepare import prepare_fwd_kernel
 from .problem import Problem, contiguous, limited, limits_of, problem_of
 from .scan import scan_bwd_kernel
 from .states import states_bwd_kernel
+from .store import tuned_config
 
 
 class Gradients(NamedTuple):
@@ -73,7 +74,7 @@ def chunk_backward(
     packed_sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
     x = problem_of(q.shape, v.shape, q.dtype, packed_sequences, scale, chunk_size, use_qk_l2norm_in_kernel)
     shape = (x.K, x.V, x.C, q.element_size(), x.N * x.HV, p is not None, *limits_of(q.device))
-    config = config or choose_backward_config(*shape)
+    config = config or tuned_config("backward", x, q, p is not None) or choose_backward_config(*shape)
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, do, dfinal_state = contiguous(
         q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, do, dfinal_state
     )
@@ -107,8 +108,9 @@ def chunk_backward(
     with on_device_of(q):
         if errors is None and want_chunks:
             errors = torch.empty_like(v)
+            forward_config = tuned_config("forward", x, q, p is not None) or choose_config(*shape)
             launch_scan(
-                x, choose_config(*shape), q, k, p, v, inverse, None, coefficients, initial_state,
+                x, forward_config, q, k, p, v, inverse, None, coefficients, initial_state,
                 None, errors, None, cu_seqlens,
             )  # fmt: skip
         attention = torch.empty_like(inverse)

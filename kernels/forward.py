@@ -14,6 +14,7 @@ from .library import on_device_of
 from .prepare import prepare_fwd_kernel
 from .problem import Problem, contiguous, limited, limits_of, problem_of
 from .scan import scan_fwd_kernel
+from .store import tuned_config
 
 
 class Forward(NamedTuple):
@@ -62,7 +63,9 @@ def chunk_forward(
     packed_sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
     x = problem_of(q.shape, v.shape, q.dtype, packed_sequences, scale, chunk_size, use_qk_l2norm_in_kernel)
     if config is None:
-        config = choose_config(x.K, x.V, x.C, q.element_size(), x.N * x.HV, p is not None, *limits_of(q.device))
+        config = tuned_config("forward", x, q, p is not None) or choose_config(
+            x.K, x.V, x.C, q.element_size(), x.N * x.HV, p is not None, *limits_of(q.device)
+        )
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens = contiguous(
         q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens
     )

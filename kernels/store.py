@@ -22,6 +22,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +36,7 @@ SCHEMA_VERSION = 1
 AUTOTUNE = "MDNBENCH_AUTOTUNE"
 TUNED, HAND_CHOSEN = "tuned", "hand-chosen"
 SHIPPED_FOLDER = Path(__file__).with_name("tuned")
-_SOURCES = ("gates", "prepare", "scan", "states", "gradients", "pairs", "slots", "forward", "backward")
+_SOURCES = ("gates", "prepare", "scan", "states", "gradients", "pairs", "slots", "problem", "forward", "backward")
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
 _HEADS_WEIGHT = 2  # of a factor of two in heads, against one in length: heads decide which tiles fill the GPU
 
@@ -381,7 +382,8 @@ def _search(direction: str, x: Any, q: Any) -> Config | None:
         log.warning("%s=1: mdnbench tune %s", AUTOTUNE, " ".join(arguments))
         command = [sys.executable, "-c", "from mdnbench.bench.cli import main; raise SystemExit(main())", "tune"]
         variables = {name: value for name, value in os.environ.items() if name != AUTOTUNE}
-        run = subprocess.run([*command, *arguments], capture_output=True, text=True, env=variables)
+        out = user_folder().with_name("searches") / f"{os.getpid()}-{len(_searched)}-{time.time_ns()}"
+        run = subprocess.run([*command, *arguments, f"--out={out}"], capture_output=True, text=True, env=variables)
         if run.returncode:
             reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
             log.warning("tuning failed (%s): the table of config.py is used", reason)

@@ -1,0 +1,227 @@
+"""The store of tuned configurations: round trips, which entry serves a call, what a look-up costs; the search space."""
+
+import json
+import logging
+import timeit
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mdnbench.kernels import store
+from mdnbench.kernels.config import BackwardConfig, KernelConfig
+from mdnbench.kernels.problem import problem_of
+from mdnbench.kernels.space import CONFIGS, SPACE, Shape, search_space, table_config, why_invalid
+
+GPU = store.Gpu("NVIDIA H200", "9.0", 232448, 132)
+VERSIONS = store.Versions("0123456789ab", "3.6.0", "12.8.93", "2.11")
+KEY = store.Key("forward", "bfloat16", 128, 128, 64, False, 6, 12)
+CONFIG = asdict(KernelConfig(32, 4, 2, 4, 168))
+TUNED = store.Entry(KEY, CONFIG, store.TUNED, VERSIONS, 0.25, (asdict(KernelConfig(64, 4, 2)),))
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """No entries but those of the test, on the GPU and with the versions above."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "SHIPPED_FOLDER", tmp_path / "shipped")
+    monkeypatch.setattr(store, "gpu_of", lambda index: GPU)
+    monkeypatch.setattr(store, "installed_versions", lambda capability: VERSIONS)
+    store.forget()
+    store._notice.cache_clear()
+    yield
+    store.forget()
+
+
+def call(B=4, T=4096, H=16, K=128, V=128, dtype=torch.bfloat16, sequences=None, direction="forward", device="cuda:0"):
+    """What a call of the operator on a GPU asks for, without one."""
+    q = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    x = problem_of(torch.Size((B, T, H, K)), torch.Size((B, T, H, V)), dtype, sequences, None, 64, True)
+    return store.tuned_config(direction, x, q, False)
+
+
+def test_what_is_written_is_read(tmp_path):
+    backward = store.Entry(KEY._replace(direction="backward"), asdict(BackwardConfig()), store.HAND_CHOSEN)
+    path = store.write(tmp_path / "folder", GPU, [TUNED, backward])
+    assert path.name == "NVIDIA-H200.json"
+    assert store.read(path) == (GPU, [backward, TUNED])
+    # One for the same key and versions is replaced, one of other versions stays, a tuned one replaces the hand-chosen.
+    other = replace(TUNED, versions=VERSIONS._replace(triton="3.7.1"))
+    faster = replace(TUNED, latency_ms=0.2)
+    tuned = replace(backward, source=store.TUNED, versions=VERSIONS)
+    store.write(tmp_path / "folder", GPU, [faster, other, tuned])
+    assert store.read(path)[1] == [tuned, faster, other]
+    assert list((tmp_path / "folder").iterdir()) == [path]
+
+
+def test_a_call_gets_the_entry_for_its_shape():
+    assert call() is None  # nothing is stored: the table decides
+    store.write(store.user_folder(), GPU, [TUNED])
+    assert call() == KernelConfig(**CONFIG)
+    assert call(B=2, H=20) == KernelConfig(**CONFIG)  # 40 heads: of the same power of two
+    assert call(B=1, T=4 * 4096, sequences=4) == KernelConfig(**CONFIG)  # packed: 4096 tokens a sequence
+    assert call(direction="backward") is None
+    assert call(V=64) is None
+    assert call(dtype=torch.float16) is None
+    assert call(device="cpu") is None
+
+
+def test_the_users_entry_goes_before_the_shipped_one():
+    store.write(store.SHIPPED_FOLDER, GPU, [replace(TUNED, config=asdict(KernelConfig(16, 4, 2)))])
+    assert call() == KernelConfig(16, 4, 2)
+    store.write(store.user_folder(), GPU, [TUNED])
+    assert call() == KernelConfig(**CONFIG)
+
+
+def test_the_nearest_neighbour_serves_with_one_notice(caplog):
+    far = replace(TUNED, key=KEY._replace(heads_bucket=2), config=asdict(KernelConfig(16, 4, 2)))
+    store.write(store.user_folder(), GPU, [far, TUNED])
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        assert call(B=8) == KernelConfig(**CONFIG)  # 128 heads
+        assert call(B=8) == KernelConfig(**CONFIG)
+        assert call(B=1, H=6) == KernelConfig(16, 4, 2)
+    assert len(caplog.records) == 2
+    assert "up to 128 heads and 4096 tokens is not tuned on this GPU: it uses what was found for" in caplog.text
+
+
+@pytest.mark.parametrize("field", store.Versions._fields)
+def test_what_was_tuned_with_other_versions_is_left_out(field, caplog):
+    store.write(store.user_folder(), GPU, [replace(TUNED, versions=VERSIONS._replace(**{field: "other"}))])
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        assert call() is None
+        assert call() is None
+    assert len(caplog.records) == 1
+    assert "it is left out; `mdnbench tune` finds a configuration (shown once)" in caplog.text
+
+
+def test_a_hand_chosen_entry_leaves_the_choice_to_the_table(caplog):
+    store.write(store.SHIPPED_FOLDER, GPU, [store.Entry(KEY, CONFIG, store.HAND_CHOSEN)])
+    assert call() is None
+    assert not caplog.records
+
+
+def test_what_cannot_run_or_be_read_is_left_out(caplog):
+    too_wide = replace(TUNED, config=asdict(KernelConfig(256, 4, 2)))
+    of_the_future = replace(TUNED, config={**CONFIG, "clusters": 2})
+    for entry in (too_wide, of_the_future):
+        store.write(store.user_folder(), GPU, [entry])
+        assert call() is None
+    path = store.file_of(store.user_folder(), GPU.name)
+    for text, fault in (("{", "it is damaged"), (json.dumps({"schema_version": 9}), "its schema version is 9, not 1")):
+        path.write_text(text)
+        store.forget()
+        store._notice.cache_clear()
+        with caplog.at_level(logging.WARNING, "mdnbench"):
+            assert call() is None
+        assert fault in caplog.text
+
+
+def test_another_compute_capability_under_the_same_name_is_another_gpu():
+    store.write(store.user_folder(), GPU._replace(compute_capability="10.0"), [TUNED])
+    assert call() is None
+
+
+def test_a_look_up_after_the_first_takes_under_2_us():
+    store.write(store.user_folder(), GPU, [TUNED])
+    q = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16)
+    shapes = torch.Size((4, 4096, 16, 128))
+    x = problem_of(shapes, shapes, torch.bfloat16, None, None, 64, True)
+    times = timeit.repeat(lambda: store.tuned_config("forward", x, q, False), number=5000, repeat=9)
+    assert min(times) / 5000 < 2e-6
+
+
+def test_a_call_searches_only_when_asked_to_and_once(monkeypatch):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        assert store.AUTOTUNE not in options["env"]
+        store.write(store.user_folder(), GPU, [TUNED])
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(store.subprocess, "run", run)
+    assert call() is None
+    assert commands == []
+    monkeypatch.setattr(store, "_autotune", True)
+    monkeypatch.setattr(store, "_searched", set())
+    assert call() == KernelConfig(**CONFIG)
+    assert call() == KernelConfig(**CONFIG)
+    assert call(direction="backward") is None  # the search found nothing for it, and is not repeated
+    (command,) = commands
+    assert command[3:-1] == [
+        "tune", "--batch=4", "--heads=16", "--value-heads=16", "--seq-len=4096", "--head-dim=128", "--v-head-dim=128",
+        "--chunk-size=64", "--dtype=bfloat16", "--device=cuda:0",
+    ]  # fmt: skip
+
+
+def test_the_hash_of_the_sources_is_of_what_runs():
+    source = 'def f(x):\n    """Doubles."""\n    return 2 * x  # twice\n'
+    assert store.code_of(source) == store.code_of("def f( x ):\n\n    return 2*x\n")
+    assert store.code_of(source) != store.code_of(source.replace("2 *", "3 *"))
+    assert store.code_of("x = 'a'\n") != store.code_of("x = 'b'\n")  # a string that is no docstring counts
+    assert len(store.source_hash()) == 12
+
+
+def test_installed_versions_are_found(monkeypatch):
+    monkeypatch.undo()
+    versions = store.installed_versions("9.0")
+    assert versions.torch == ".".join(torch.__version__.split(".")[:2])
+    assert versions.ptxas.count(".") == 2
+
+
+SHAPES = [
+    Shape(K, V, C, size, 64, False, GPU.shared_memory_bytes, GPU.multiprocessors)
+    for K, V in ((16, 16), (64, 64), (100, 33), (128, 128), (128, 256), (256, 512))
+    for C, size in ((64, 2), (32, 4), (128, 2))
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda it: f"K{it.head_dim_k}-V{it.head_dim_v}-C{it[2]}-{it[3]}B")
+def test_the_search_space_starts_with_the_table_and_holds_what_is_valid(shape):
+    for direction, kernels in SPACE.items():
+        try:
+            base = table_config(direction, shape)
+        except ValueError:
+            continue  # no configuration fits: there is nothing to tune
+        assert why_invalid(direction, base, shape) is None
+        for kernel, fields in kernels.items():
+            found = list(search_space(direction, kernel, shape, base))
+            assert found[0] == base
+            assert len(set(found)) == len(found) <= 100
+            others = [name for name in asdict(base) if name not in fields]
+            for config in found:
+                assert why_invalid(direction, config, shape) is None
+                assert all(getattr(config, name) == getattr(base, name) for name in others)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"block_v": 48}, "block_v=48 is no power of two from 16 to 128"),
+        ({"block_v": 256}, "block_v=256 is no power of two from 16 to 128"),
+        ({"scan_warps": 3}, "scan_warps=3 is not 1, 2, 4 or 8"),
+        ({"scan_stages": 5}, "scan_stages=5 is not from 1 to 4 for 2 bytes an element"),
+        ({"scan_stages": 4, "scan_warps": 8}, "scan needs .* bytes of shared memory of 232448"),
+        ({"prepare_max_registers": 255, "prepare_warps": 16}, "prepare_warps=16 is not 1, 2, 4 or 8"),
+        ({"scan_max_registers": 300}, "scan_max_registers=300 is not possible with 4 warps"),
+    ],
+)
+def test_what_is_not_valid_says_why(change, reason):
+    shape = Shape(128, 128, 64, 2, 64, False, GPU.shared_memory_bytes, GPU.multiprocessors)
+    found = why_invalid("forward", replace(table_config("forward", shape), **change), shape)
+    with pytest.raises(ValueError, match=f"^{reason}"):
+        raise ValueError(found)
+
+
+def test_with_a_free_p_the_gradients_have_one_width():
+    shape = Shape(128, 128, 64, 2, 64, True, GPU.shared_memory_bytes, GPU.multiprocessors)
+    base = table_config("backward", shape)
+    widths = {it.gradients_block_k for it in search_space("backward", "gradients", shape, base)}
+    assert widths == {128}
+
+
+def test_every_field_of_a_configuration_is_searched():
+    for direction, config in CONFIGS.items():
+        fields = {name for kernel in SPACE[direction].values() for name in kernel}
+        assert fields == set(config.__dataclass_fields__), direction
