@@ -165,14 +165,17 @@ def backward_shared_memory(
         matrices = max(matrices_v, 3 * C * block_k * 4, 4 * C * C * 4) + 1024
         states = C * (2 * config.states_block_k + config.states_block_v) * 4
     else:
-        matrices = max(matrices_v, (3 if free_p else 2) * C * block_k * 2) + 4 * C * C + SHARED_MEMORY_MARGIN
+        operands = (3 if free_p else 2) * C * block_k * 2
+        # and a product in float32 on its way out, or between layouts
+        matrices = max(matrices_v + 4 * C * C, operands + 4 * C * max(block_k, C)) + SHARED_MEMORY_MARGIN
         states = C * (config.states_block_k + config.states_block_v) * 2
     gradients = (2 * C + 4 * config.gradients_block_k) * config.gradients_block_v * element_bytes
     return {
-        "scan": scan_shared_memory(scan, block_k, C, element_bytes, free_p) + 4 * C * config.scan_block_v,
+        "scan": scan_shared_memory(scan, block_k, C, element_bytes, free_p)
+        + max(4 * C * config.scan_block_v, SHARED_MEMORY_MARGIN),
         "matrices": matrices,
-        "states": config.states_stages * states + SHARED_MEMORY_MARGIN,
-        "gradients": config.gradients_stages * gradients + SHARED_MEMORY_MARGIN,
+        "states": config.states_stages * states + 2 * SHARED_MEMORY_MARGIN,
+        "gradients": config.gradients_stages * gradients + 2 * SHARED_MEMORY_MARGIN,
     }
 
 

@@ -25,7 +25,7 @@ def test_signatures_are_those_of_fla():
         [(x.name, x.default) for x in inspect.signature(function).parameters.values()] for function in FUNCTIONS
     )
     assert recurrent == [*SIGNATURE, ("inplace", False)]
-    assert chunk == [*SIGNATURE, ("chunk_size", 64)]
+    assert chunk == [*SIGNATURE, ("chunk_size", 64), ("save_memory", False)]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
