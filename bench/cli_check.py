@@ -71,14 +71,14 @@ def check(
                 append_record(out, record)
             display.update(len(records), f"{record.point.provider} {record.point.workload.gates}")
     run = Run(out.name if out else "check", records, facts)
-    _write("--markdown", markdown, accuracy.markdown([run]))
-    _write("--html", html, pages.page([run]) if html else "")
     if as_json:
         print(json.dumps([record.to_row() for record in records], indent=1))
     elif profiles:
         accuracy.show(make_console(), [run])
     else:
         views.show_checks(make_console(), records)
+    _write("--markdown", markdown, accuracy.markdown([run]))
+    _write("--html", html, pages.page([run]) if html else "")
     raise typer.Exit(any(record.status not in ("ok", "unsupported") for record in records))
 
 

@@ -227,6 +227,7 @@ def _tune(
         log = tune.open_log(folder, gpu, resume)
     deadline = None if seconds is None else time.monotonic() + seconds
     found: list[tuple[Choice, str]] = []
+    failures: list[str] = []
     code = 0
     try:
         with tune_views.TuneDisplay() as display:
@@ -236,7 +237,11 @@ def _tune(
                 if deadline is not None:
                     left = max(1.0, deadline - time.monotonic()) / (len(workloads) - number)
                 settings = Settings(jobs=jobs, seconds=left)
-                choices = tune.tune(workload, gpu, log, settings, display)
+                try:
+                    choices = tune.tune(workload, gpu, log, settings, display)
+                except (OSError, ValueError) as fault:  # a shape that does not fit, a store that cannot be written
+                    failures.append(f"{workload.label()}: {fault}")
+                    choices = []
                 found += [(choice, tune.words(choice, log)) for choice in choices]
                 code = code if len(choices) == len(tune.DIRECTIONS) else 1
     except KeyboardInterrupt:
@@ -247,6 +252,8 @@ def _tune(
     finally:
         log.close()
     _report(found, log)
+    for failure in failures:
+        fail(failure)
     if code == INTERRUPTED:
         fail(f"stopped; nothing found is lost, go on with: mdnbench tune --resume --out {shlex.quote(str(folder))}")
     elif len(found) < len(workloads) * len(tune.DIRECTIONS):

@@ -102,6 +102,7 @@ def open_graph(call: Callable[[], Tensor], mode: str, inputs: Sequence[Tensor], 
 
     Raises:
         CaptureError: when the capture fails.
+        torch.OutOfMemoryError: when memory is short.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -116,6 +117,8 @@ def open_graph(call: Callable[[], Tensor], mode: str, inputs: Sequence[Tensor], 
             result = timed()
         graph.replay()
         torch.cuda.synchronize()
+    except torch.OutOfMemoryError:  # of the GPU's memory, and not of the capture
+        raise
     except Exception as fault:
         raise CaptureError(f"{type(fault).__name__}: {fault}") from fault
 

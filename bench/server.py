@@ -18,6 +18,7 @@ from . import correctness, measure, memory
 from .requests import TIMED_CALLS, Block, Check, Failure, PointFailed, Prepare, Prepared
 from .results import Point
 
+_ILLEGAL_ACCESS = "illegal memory access"  # a fault of the kernel, captured or not
 _CPU_OUT_OF_MEMORY = "can't allocate memory"  # in the RuntimeError of PyTorch's CPU allocator
 _LONGEST_MESSAGE = 300
 
@@ -169,7 +170,7 @@ class Server:
         message = f"{type(fault).__name__}: {lines[0]}"[:_LONGEST_MESSAGE].rstrip(": ")
         if isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or _CPU_OUT_OF_MEMORY in str(fault):
             return Failure("out_of_memory", message, healthy=False)
-        if isinstance(fault, measure.CaptureError):
+        if isinstance(fault, measure.CaptureError) and _ILLEGAL_ACCESS not in str(fault):
             return Failure("unsupported", f"the capture in a CUDA graph failed: {lines[0]}", healthy=False)
         return Failure("error", message, healthy=self._device_answers())
 

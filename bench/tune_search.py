@@ -48,7 +48,8 @@ class Runner:
         """See `TuneWorker.ask`."""
         tunable = request.tunable
         if self._worker is None or not self._worker.alive:
-            self._worker = self._spare or TuneWorker(tunable, self._log_path, tunable.run_variables)
+            spare = self._spare if self._spare is not None and self._spare.running() else None
+            self._worker = spare or TuneWorker(tunable, self._log_path, tunable.run_variables)
             self._spare = TuneWorker(tunable, self._log_path, tunable.run_variables) if self._spares else None
         return self._worker.ask(request, limit_s)
 

@@ -72,6 +72,10 @@ class TuneWorker(Worker):
             self._process.start()
         theirs.close()
 
+    def running(self) -> bool:
+        """Whether the process is there: one that waits may have been ended by the system."""
+        return self._process.is_alive()
+
     def ask(self, request: Request, limit_s: float) -> Any:
         """The answer to a request.
 

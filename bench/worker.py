@@ -116,7 +116,7 @@ class Worker:
     def _await(self, limit_s: float, work: str, watch: Callable[[], None] | None = None) -> Any:
         """The next answer; PointFailed when the process ends, or goes beyond a limit and is ended."""
         deadline = time.monotonic() + limit_s
-        process = psutil.Process(self._process.pid)
+        process = None
         while True:
             multiprocessing.connection.wait([self._connection, self._process.sentinel], timeout=POLL_S)
             try:
@@ -132,6 +132,7 @@ class Worker:
             if watch is not None and self._phase == TIMED_CALLS:
                 watch()
             with contextlib.suppress(psutil.Error):  # it ended just now
+                process = process or psutil.Process(self._process.pid)
                 used = process.memory_info().rss
                 self._highest_bytes = max(self._highest_bytes, used)
                 if used > self.memory_limit_bytes:

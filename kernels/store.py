@@ -38,6 +38,7 @@ TUNED, HAND_CHOSEN = "tuned", "hand-chosen"
 SHIPPED_FOLDER = Path(__file__).with_name("tuned")
 _SOURCES = ("gates", "prepare", "scan", "states", "gradients", "pairs", "slots", "problem", "forward", "backward")
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
+_FARTHEST = 4  # two doublings of heads, or four of the length: beyond it the table knows better
 _HEADS_WEIGHT = 2  # of a factor of two in heads, against one in length: heads decide which tiles fill the GPU
 
 log = logging.getLogger("mdnbench")
@@ -155,13 +156,16 @@ def look_up(key: Key, gpu: Gpu, versions: Versions | None = None) -> tuple[Entry
         key.free_p, gpu.shared_memory_bytes, gpu.multiprocessors,
     )  # fmt: skip
     versions = versions or installed_versions(gpu.compute_capability)
-    right = [entry for entry in tuned if entry.versions == versions and _is_valid(entry, shape)]
+    known = "none" not in versions
+    right = [entry for entry in tuned if known and entry.versions == versions and _is_valid(entry, shape)]
     near = min(right, key=lambda entry: _distance(entry.key, key), default=None)
     if near is None:
         return None, (
             f"what was tuned for {describe(tuned[0].key)} is for {_versions(tuned[0].versions)}, "
             f"not {_versions(versions)}: it is left out"
         )
+    if _distance(near.key, key) > _FARTHEST:
+        return None, None
     if near.key != key:
         return near, f"{describe(key)} is not tuned on this GPU: it uses what was found for {describe(near.key)}"
     return near, None
@@ -204,7 +208,8 @@ def forget() -> None:
 
 def user_folder() -> Path:
     """$XDG_CACHE_HOME/mdnbench/tuned, or ~/.cache/mdnbench/tuned."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdnbench" / "tuned"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache) / "mdnbench" / "tuned"
 
 
 def file_of(folder: Path, gpu_name: str) -> Path:

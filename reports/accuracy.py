@@ -40,7 +40,7 @@ def to_data(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for run in runs:
         for record in run.records:
-            if record.relative_error is None and record.status not in ("incorrect", "unsupported", "error"):
+            if record.relative_error is None and record.status == "ok":
                 continue
             point = record.point
             key = (run.name, point.provider, point.workload.gates, point.workload.dtype, point.workload.device)
@@ -126,10 +126,13 @@ def _merge(row: dict[str, Any], record: Record) -> None:
         before = errors.get(name, 0.0)
         finite = error is not None and math.isfinite(error)
         errors[name] = max(error, before) if finite and before is not None else None
-    if row["status"] == "ok" and record.status not in ("ok", "unsupported"):
+    if _severity(record.status) > _severity(row["status"]):
         row["status"], row["reason"] = record.status, record.reason
-    elif row["status"] == "unsupported" and record.status == "ok":
-        row["status"], row["reason"] = "ok", None
+
+
+def _severity(status: str) -> int:
+    """What a provider can do counts before what it cannot, and faults before both."""
+    return {"unsupported": 0, "ok": 1}.get(status, 2)
 
 
 def _terminal_style(row: dict[str, Any], name: str) -> str:

@@ -85,6 +85,29 @@ def test_the_nearest_neighbour_serves_with_one_notice(caplog):
     assert "up to 128 heads and 4096 tokens is not tuned on this GPU: it uses what was found for" in caplog.text
 
 
+def test_what_is_far_away_leaves_the_choice_to_the_table(caplog):
+    store.write(store.user_folder(), GPU, [replace(TUNED, key=KEY._replace(heads_bucket=0, length_bucket=6))])
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        assert call() is None
+    assert not caplog.records
+
+
+def test_unknown_versions_match_nothing():
+    unknown = VERSIONS._replace(triton="none")
+    store.write(store.user_folder(), GPU, [replace(TUNED, versions=unknown)])
+    entry, notice = store.look_up(KEY, GPU, unknown)
+    assert entry is None
+    assert "Triton none" in notice
+
+
+def test_a_user_without_a_home_has_a_table(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nobody knows the user
+    store.forget()
+    assert call() is None
+
+
 @pytest.mark.parametrize("field", store.Versions._fields)
 def test_what_was_tuned_with_other_versions_is_left_out(field, caplog):
     store.write(store.user_folder(), GPU, [replace(TUNED, versions=VERSIONS._replace(**{field: "other"}))])

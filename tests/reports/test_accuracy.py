@@ -106,3 +106,17 @@ def test_the_command_shows_writes_and_keeps_the_heat_map(tmp_path, capsys) -> No
     assert "holds results already" in capsys.readouterr().err
     assert main([*arguments, "--gates", "mild"]) == 2
     assert "--profiles and --gates both name gate profiles" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", ["crashed", "timeout", "out_of_memory", "error"])
+@pytest.mark.parametrize("before", ["ok", "unsupported"])
+def test_a_fault_is_told_whatever_else_a_provider_can_or_cannot_do(status: str, before: str, checked: Run) -> None:
+    record = replace(checked.records[0], relative_error=None)
+    faulty = replace(record, status=status, reason="exit code 139")
+    other = replace(record, status=before, reason=None if before == "ok" else "needs a GPU")
+    if before == "ok":
+        other = replace(other, relative_error={"o": 1e-7})
+    for records in ([other, faulty], [faulty, other]):
+        (row,) = accuracy.to_data([replace(checked, records=records)])
+        assert (row["status"], row["reason"]) == (status, "exit code 139")
+    assert accuracy.reasons([row]) == [f"1 {status}: {record.point.provider}: exit code 139"]
