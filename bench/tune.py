@@ -55,7 +55,8 @@ class MdnKernel(Tunable):
         kernel: a key of `SPACE[direction]`; None for all: the candidates are then `others` beside the base.
         gpu: what the code is compiled for.
         base: pairs (field, value) of the configuration that candidates differ from: the incumbent.
-        forward_base: the same of the forward that the backward starts from.
+        forward_base, backward_base: the same of the forward that a backward starts from, and of the backward that what
+            a forward keeps is checked with.
         others: further candidates, in place of the search space.
         profiles: gate profiles at which results are checked.
         folder: where float64 truths are kept for the next process; None for nowhere.
@@ -67,6 +68,7 @@ class MdnKernel(Tunable):
     gpu: store.Gpu
     base: tuple[tuple[str, Any], ...]
     forward_base: tuple[tuple[str, Any], ...]
+    backward_base: tuple[tuple[str, Any], ...]
     others: tuple[tuple[tuple[str, Any], ...], ...] | None = None
     profiles: tuple[str, ...] = ()
     folder: str | None = None
@@ -142,6 +144,8 @@ class MdnKernel(Tunable):
         short = w.with_(seq_len=CHECKED_CHUNKS * w.chunk_size + 1, batch=CHECKED_BATCH)
 
         def prepare(inputs: Inputs, d_output: Tensor) -> Callable[[], dict[str, Tensor]]:
+            if self.direction == "forward" and self.kernel is None:
+                return functools.partial(self._both, candidate, inputs, d_output)
             return functools.partial(self._call, candidate, inputs, d_output, self._kept_for_backward(inputs))
 
         return first_fault(OPERATOR, short, self.profiles, prepare, self.folder)
@@ -157,6 +161,11 @@ class MdnKernel(Tunable):
         if self.direction == "forward":
             return {"o": self._forward(inputs, candidate).o}
         return self._backward(candidate, inputs, d_output, kept)
+
+    def _both(self, candidate: Candidate, inputs: Inputs, d_output: Tensor) -> dict[str, Tensor]:
+        """As `_call` of the forward, with the gradients: right only where what is kept for the backward is."""
+        kept = self._forward(inputs, candidate)
+        return {"o": kept.o, **self._backward(dict(self.backward_base), inputs, d_output, kept)}
 
     def _kept_for_backward(self, inputs: Inputs) -> forward.Forward | None:
         return self._forward(inputs) if self.direction == "backward" else None
@@ -255,16 +264,9 @@ def kernels_of(
     """
     incumbent = {direction: tuple(config.items()) for direction, config in incumbents.items()}
     profiles = tuple(distinct_profiles(OPERATOR) if profiles is None else profiles)
+    bases = (incumbent["forward"], incumbent.get("backward", ()))
     return [
-        MdnKernel(
-            workload,
-            direction,
-            kernel,
-            gpu,
-            incumbent[direction],
-            incumbent["forward"],
-            profiles=profiles,
-        )
+        MdnKernel(workload, direction, kernel, gpu, incumbent[direction], *bases, profiles=profiles)
         for direction in DIRECTIONS
         for kernel in SPACE[direction]
     ]

@@ -75,7 +75,7 @@ def test_a_search_ends_in_the_store_and_is_verified(tmp_path: Path, monkeypatch)
     assert entry.versions == store.installed_versions("9.0")
     assert dict(entry.runner_ups[0]) != config
     # A call for another length finds the same entry, with words on where it comes from.
-    assert "it uses what was found for" in tune.in_use(SMALL.with_(seq_len=4096), "forward", GPU)[1]
+    assert "it uses what was found for" in tune.in_use(SMALL.with_(seq_len=8 * SMALL.seq_len), "forward", GPU)[1]
 
     monkeypatch.setattr(tune, "distinct_profiles", lambda operator: ["mild"])
     log = TuneLog(tmp_path / "verify", {})
