@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -203,20 +204,19 @@ def _run_static(base: str | None, target: str | None, threshold: float | None, m
 def _show_agreement(
     first: Sequence[Record], second: Sequence[Record], limit: float, markdown: Path | None, as_json: bool
 ) -> None:
-    from mdnbench.reports import agreement as report
+    from mdnbench.reports import agreement
 
-    found = report.agreement(first, second, limit)
-    if markdown is not None:
-        _write(markdown, report.markdown(found))
-    if as_json:
-        print(json.dumps(report.to_json(found), indent=1))
-    else:
-        report.show(make_console(), found)
+    _report(agreement, agreement.agreement(first, second, limit), markdown, as_json)
 
 
 def _show(found: Comparison, markdown: Path | None, as_json: bool) -> None:
-    from mdnbench.reports import compare as report
+    from mdnbench.reports import compare
 
+    _report(compare, found, markdown, as_json)
+
+
+def _report(report: ModuleType, found: Any, markdown: Path | None, as_json: bool) -> None:
+    """What was found, by its module in reports: to a Markdown file, and for people or as JSON."""
     if markdown is not None:
         _write(markdown, report.markdown(found))
     if as_json:

@@ -8,8 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .config import BackwardConfig, block_size, choose_backward_config, choose_config
-from .forward import launch_scan, of_prepare
+from .config import BackwardConfig, block_size, choose_backward_config
+from .forward import forward_config, launch_scan, of_prepare
 from .gates import N_D_ROWS, N_LOCAL_ROWS, gates_bwd_kernel
 from .gradients import gradients_bwd_kernel, matrices_bwd_kernel
 from .launch import launch
@@ -108,9 +108,8 @@ def chunk_backward(
     with on_device_of(q):
         if errors is None and want_chunks:
             errors = torch.empty_like(v)
-            forward_config = tuned_config("forward", x, q, p is not None) or choose_config(*shape)
             launch_scan(
-                x, forward_config, q, k, p, v, inverse, None, coefficients, initial_state,
+                x, forward_config(x, q, p is not None), q, k, p, v, inverse, None, coefficients, initial_state,
                 None, errors, None, cu_seqlens,
             )  # fmt: skip
         attention = torch.empty_like(inverse)

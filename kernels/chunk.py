@@ -68,8 +68,8 @@ def _forward_fake(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = count_slots(T, N, C, cu_seqlens is not None)
 
-    def empty(*shape, like=v, dtype=None, wanted=for_backward) -> Tensor:
-        return like.new_empty(shape if wanted else (0,), dtype=dtype)
+    def empty(*shape, dtype=None, wanted=for_backward) -> Tensor:
+        return v.new_empty(shape if wanted else (0,), dtype=dtype)
 
     return (
         v.new_empty(v.shape),

@@ -142,15 +142,15 @@ def choose_config(
     while (
         max(prepare_bytes, scan_shared_memory(config, block_k, chunk_size, element_bytes, free_p)) > shared_memory_bytes
     ):
-        if config.scan_stages == 1 and config.block_v > 16 and prepare_bytes <= shared_memory_bytes:
+        if config.scan_stages > 1:
+            config = replace(config, scan_stages=config.scan_stages - 1)
+        elif config.block_v > 16 and prepare_bytes <= shared_memory_bytes:
             config = replace(config, block_v=config.block_v // 2)
-            continue
-        if config.scan_stages == 1:
+        else:
             raise ValueError(
                 f"chunk_size={chunk_size} with K={head_dim_k} and {element_bytes} bytes an element needs more shared "
                 f"memory than the {shared_memory_bytes} bytes of this GPU: use a smaller chunk_size"
             )
-        config = replace(config, scan_stages=config.scan_stages - 1)
     return config
 
 

@@ -62,10 +62,7 @@ def chunk_forward(
     """
     packed_sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
     x = problem_of(q.shape, v.shape, q.dtype, packed_sequences, scale, chunk_size, use_qk_l2norm_in_kernel)
-    if config is None:
-        config = tuned_config("forward", x, q, p is not None) or choose_config(
-            x.K, x.V, x.C, q.element_size(), x.N * x.HV, p is not None, *limits_of(q.device)
-        )
+    config = config or forward_config(x, q, p is not None)
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens = contiguous(
         q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens
     )
@@ -98,6 +95,12 @@ def chunk_forward(
             x, config, q, k, p, v, inverse, attention, coefficients, initial_state, o, errors, final_state, cu_seqlens
         )
     return Forward(o, final_state, inverse, coefficients, low, errors)
+
+
+def forward_config(x: Problem, q: Tensor, free_p: bool) -> KernelConfig:
+    """The stored configuration of a call, or that of the table. Raises as `choose_config`."""
+    tuned = tuned_config("forward", x, q, free_p)
+    return tuned or choose_config(x.K, x.V, x.C, q.element_size(), x.N * x.HV, free_p, *limits_of(q.device))
 
 
 def of_prepare(x: Problem, use_p_times_alpha: bool, l2norm: bool) -> dict[str, object]:

@@ -40,6 +40,15 @@ def join_rows(b_s, b_n, NB: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def leave_chunk(b_x, p_carry, NB: tl.constexpr, N: tl.constexpr):
+    """X [16 NB, N] as far as it is left at the chunk's end: a_C S + b_C N and u_C N, with a_C, b_C, u_C at p_carry."""
+    b_s, b_n = split_rows(b_x, NB, N)
+    b_s = tl.load(p_carry) * b_s + tl.load(p_carry + 1) * b_n
+    b_n = tl.load(p_carry + 2) * b_n
+    return join_rows(b_s, b_n, NB, N)
+
+
+@triton.jit
 def state_tile(i_n, i_hv, o_k, i_v, N, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
     """Offsets (int64) of X's elements in a state [2, N, HV, K, V], their mask, and which rows are of N."""
     o_r = tl.arange(0, 2 * BV)

@@ -25,6 +25,7 @@ from torch import Tensor
 from .config import block_size
 from .launch import launch
 from .library import LIBRARY, OPTIONS, TOKEN_ARGUMENTS, on_device_of, register
+from .problem import contiguous
 from .reference import L2NORM_EPS, recurrent_mdn
 
 EPS = tl.constexpr(L2NORM_EPS)
@@ -181,10 +182,9 @@ def recurrent_forward(
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens = [
-        None if x is None else x.contiguous()
-        for x in (q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens)
-    ]
+    q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens = contiguous(
+        q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens
+    )
     o = torch.empty_like(v)
     final_state = None
     if inplace:

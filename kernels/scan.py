@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .gates import CARRY, N_ROWS, OUT_S, READ_S, WRITE_S
-from .pairs import chunk_state_tile, double_rows, join_rows, scale_rows, split_rows, state_tile, sum_pairs
+from .pairs import chunk_state_tile, double_rows, join_rows, leave_chunk, scale_rows, split_rows, state_tile, sum_pairs
 from .slots import sequence_bounds
 
 
@@ -110,11 +110,7 @@ def scan_fwd_kernel(
             tl.store(o_ptr + o_out + o_vo, b_out.to(o_ptr.dtype.element_ty), mask=m_vo)
 
         b_r *= scale_rows(tl.load(p_c + WRITE_S * C + o_pair), NB, C)
-        p_carry = p_c + CARRY * C
-        b_s, b_n = split_rows(b_x, NB, BK)
-        b_s = tl.load(p_carry) * b_s + tl.load(p_carry + 1) * b_n
-        b_n = tl.load(p_carry + 2) * b_n
-        b_x = join_rows(b_s, b_n, NB, BK)
+        b_x = leave_chunk(b_x, p_c + CARRY * C, NB, BK)
         b_x = tl.dot(b_r.to(b_k.dtype), b_k, acc=b_x, input_precision=PRECISION)
 
         p_q += C * H * K

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .gates import CARRY, N_ROWS, WRITE_S
-from .pairs import chunk_state_tile, double_rows, join_rows, scale_rows, split_rows, state_tile
+from .pairs import chunk_state_tile, double_rows, leave_chunk, scale_rows, state_tile
 from .slots import sequence_bounds
 
 
@@ -63,11 +63,7 @@ def states_bwd_kernel(
         tl.store(p_x + o_kept, b_x.to(states_ptr.dtype.element_ty), mask=m_state)
         b_r = double_rows(tl.reshape(tl.trans(b_r).to(tl.float32), [NB, 1, 8, C]), NB, C)
         b_r *= scale_rows(tl.load(p_c + WRITE_S * C + o_pair), NB, C)
-        p_carry = p_c + CARRY * C
-        b_s, b_n = split_rows(b_x, NB, BK)
-        b_s = tl.load(p_carry) * b_s + tl.load(p_carry + 1) * b_n
-        b_n = tl.load(p_carry + 2) * b_n
-        b_x = join_rows(b_s, b_n, NB, BK)
+        b_x = leave_chunk(b_x, p_c + CARRY * C, NB, BK)
         b_x = tl.dot(b_r.to(b_k.dtype), b_k, acc=b_x, input_precision=PRECISION)
         p_k += C * H * K
         p_r += C * HV * V

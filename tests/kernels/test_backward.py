@@ -10,8 +10,8 @@ from kernel_cases import (
     FROM_BOTH_ENDS,
     LIMITS,
     SMALL,
-    TOKEN_TENSORS,
     ZERO,
+    awkward,
     by_name,
     case_of,
     equal,
@@ -167,12 +167,7 @@ def test_value_heads_are_in_halves_when_memory_is_saved(HV, parts, launched, mak
 def test_strides_and_dtypes(make_inputs, check_gradients):
     """As in the forward: any strides, gates in float16 or float64, a float16 state; gradients in the same dtypes."""
     inputs = inputs_of(make_inputs, "layer", torch.float16, {**SMALL, "T": 20, "H": 2, "HV": 2, "N": 3})
-    for name in TOKEN_TENSORS:
-        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
-    inputs["beta"] = torch.stack((inputs["beta"], inputs["eta"]), dim=-1)[..., 0]
-    inputs["eta"] = torch.tensor(0.5, device=DEVICE).expand_as(inputs["beta"])
-    inputs["log_mu"], inputs["log_alpha"] = inputs["log_mu"].half(), inputs["log_alpha"].double()
-    inputs["initial_state"] = inputs["initial_state"].half().transpose(3, 4).contiguous().transpose(3, 4)
+    inputs = awkward(inputs)
     bounds = torch.tensor([0, 9, 17, 9, 17, 9, 20], dtype=torch.int32, device=DEVICE)[::2]
     check_gradients(inputs, {"output_final_state": True, "cu_seqlens": bounds})
 

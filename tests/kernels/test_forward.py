@@ -10,6 +10,7 @@ from kernel_cases import (
     REAL,
     SMALL,
     TOKEN_TENSORS,
+    awkward,
     by_name,
     case_of,
     check,
@@ -95,12 +96,7 @@ def test_configurations_give_the_same(config, make_inputs):
 def test_strides_and_dtypes(make_inputs):
     """Head-major tensors, gates out of one projection, in float16 or float64, a float16 state, bounds out of a list."""
     inputs = inputs_of(make_inputs, "layer", torch.float16, {**SMALL, "T": 70, "H": 2, "HV": 4, "N": 3})
-    for name in TOKEN_TENSORS:
-        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
-    inputs["beta"] = torch.stack((inputs["beta"], inputs["eta"]), dim=-1)[..., 0]
-    inputs["eta"] = torch.tensor(0.5, device=DEVICE).expand_as(inputs["beta"])
-    inputs["log_mu"], inputs["log_alpha"] = inputs["log_mu"].half(), inputs["log_alpha"].double()
-    inputs["initial_state"] = inputs["initial_state"].half().transpose(3, 4).contiguous().transpose(3, 4)
+    inputs = awkward(inputs)
     bounds = torch.tensor([0, 9, 33, 9, 33, 9, 70], dtype=torch.int32, device=DEVICE)[::2]
     check_forward(inputs, {"output_final_state": True, "cu_seqlens": bounds}, 8e-4)
 

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import (
     DEVICE,
     REAL,
-    TOKEN_TENSORS,
+    awkward,
     by_name,
     check,
     compile_launches,
@@ -83,12 +83,7 @@ def test_default_configuration():
 def test_strides_and_dtypes_of_states_and_gates(make_inputs):
     """Head-major tensors, gates cut out of one projection or in float16 or float64, a state in float16."""
     inputs = inputs_of(make_inputs, "layer", torch.float16, {**SMALL, "H": 2})
-    for name in TOKEN_TENSORS:
-        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
-    inputs["beta"] = torch.stack((inputs["beta"], inputs["eta"]), dim=-1)[..., 0]
-    inputs["eta"] = torch.tensor(0.5, device=DEVICE).expand_as(inputs["beta"])
-    inputs["log_mu"], inputs["log_alpha"] = inputs["log_mu"].half(), inputs["log_alpha"].double()
-    inputs["initial_state"] = inputs["initial_state"].half().transpose(3, 4).contiguous().transpose(3, 4)
+    inputs = awkward(inputs)
     options = options_of({})
     check(poisoned(recurrent_forward, **inputs, **options), inputs, options, 6e-4)
 
