@@ -258,11 +258,11 @@ def _tune(
         fail(f"stopped; nothing found is lost, go on with: mdnbench tune --resume --out {shlex.quote(str(folder))}")
     elif len(found) < len(workloads) * len(tune.DIRECTIONS):
         fail(f"for some shapes nothing was right, or the time was over; the reasons are in {log.path}")
-    better = sum(choice.ratio < 1 for choice, _ in found)
+    changed = sum(what != tune.INCUMBENT for _, what in found)
     if found:
         store = tune.store
         saved = store.file_of(store.user_folder(), gpu.name)
-        print(f"{better} of {len(found)} got faster, {len(found) - better} keep their configuration; saved in {saved}")
+        print(f"{changed} of {len(found)} changed, {len(found) - changed} keep their configuration; saved in {saved}")
     return code
 
 

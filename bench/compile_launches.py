@@ -29,10 +29,11 @@ from triton.compiler import ASTSource
 
 from mdnbench.kernels import backward, forward, recurrent
 from mdnbench.kernels.config import choose_backward_config, choose_config
+from mdnbench.kernels.launch import Launch
 
 from .code_figures import TARGETS, count_ptx, count_sass, programs_per_multiprocessor
 
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, options
+Recorded = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, options
 
 POINTERS = {
     torch.float16: "*fp16",
@@ -44,22 +45,19 @@ POINTERS = {
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
+def recorded() -> Iterator[list[Recorded]]:
     """The launches that the operators make meanwhile, which then run nothing."""
-    launches: list[Launch] = []
+    launches: list[Recorded] = []
 
-    def record(kernel, grid, arguments, constants, **options) -> None:
-        launches.append((kernel, tuple(arguments), {**constants, **options}))
+    def record(launch: Launch, *tensors: torch.Tensor | None) -> None:
+        launches.append((launch.kernel, (*tensors, *launch.numbers), {**launch.constants, **launch.options}))
 
-    modules = (forward, backward, recurrent)
-    before = [module.launch for module in modules]
-    for module in modules:
-        module.launch = record
+    call = Launch.__call__
+    Launch.__call__ = record
     try:
         yield launches
     finally:
-        for module, launch in zip(modules, before):
-            module.launch = launch
+        Launch.__call__ = call
 
 
 def launches_of(
@@ -76,7 +74,7 @@ def launches_of(
     packed: bool = False,
     states: bool = True,
     chunk_size: int = 64,
-) -> list[Launch]:
+) -> list[Recorded]:
     """Every launch of a pass, from tensors without memory.
 
     Args:
@@ -116,7 +114,7 @@ def launches_of(
     return launches
 
 
-def compiled(launch: Launch, capability: int) -> Any:
+def compiled(launch: Recorded, capability: int) -> Any:
     """A launch as Triton compiles it when its pointers are multiples of 16."""
     kernel, args, options = launch
     names = kernel.arg_names
@@ -139,7 +137,7 @@ def compiled(launch: Launch, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def figures_of(launch: Launch, capability: int) -> dict[str, Any]:
+def figures_of(launch: Recorded, capability: int) -> dict[str, Any]:
     """What the code of a launch needs.
 
     Returns:

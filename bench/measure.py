@@ -35,6 +35,15 @@ class CaptureError(RuntimeError):
     """A call could not be captured in a CUDA graph. The CUDA state of the process is not to be trusted after it."""
 
 
+def use_device(name: str) -> torch.device:
+    """The device called `name`, with its number if it is a GPU, which becomes the current one: "cuda" is the first."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
+
+
 def returning_tensor(call: Callable[[], object], provider: str) -> Callable[[], Tensor]:
     """`call`, which raises a TypeError that names the provider when it returns anything but one tensor."""
 

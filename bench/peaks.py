@@ -53,10 +53,10 @@ def measure_peaks(
     """
     import torch
 
-    kind = device.partition(":")[0]
-    place = torch.device(device)
-    if kind == "cuda":
-        torch.cuda.set_device(place)
+    from . import measure
+
+    place = measure.use_device(device)
+    kind = place.type
     on_case("copy")
     copied = _copy_rate(copy_bytes or COPY_BYTES[kind], place, kind)
     rates: dict[str, float] = {}

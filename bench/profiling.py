@@ -107,10 +107,8 @@ def record(provider: Provider, workload: Workload, mode: str, device: str, calls
 
     from . import measure
 
-    place = torch.device(device)
+    place = measure.use_device(device)
     on_gpu = place.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(place)
     synchronise = torch.cuda.synchronize if on_gpu else (lambda: None)
     inputs, d_output = make_inputs(provider.operator, workload, 0, place, requires_grad=mode != "forward")
     build = measure.returning_tensor(provider.build(workload, inputs), provider.name)

@@ -35,13 +35,11 @@ class Server:
 
     def __init__(self, device: str, tell_phase: Callable[[str], None]) -> None:
         self.tell_phase = tell_phase
-        self.device = torch.device(device)
+        self.device = measure.use_device(device)
         self.providers = providers()
         self.time_calls = {"warm": measure.time_on_cpu}
         self.threads: int | None = torch.get_num_threads()
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", self.device.index or 0)
-            torch.cuda.set_device(self.device)
             self.time_calls = {"cold": measure.time_on_cuda(), "warm": measure.time_on_cuda(cold=False)}
             self.threads = None
         self.group: object = None

@@ -22,6 +22,7 @@ from mdnbench.baselines.mdn import OPERATOR
 from mdnbench.baselines.provider import Inputs
 from mdnbench.baselines.workload import BYTES_PER_ELEMENT, Workload
 from mdnbench.kernels import backward, forward, store
+from mdnbench.kernels.launch import Launch
 from mdnbench.kernels.space import CONFIGS, SPACE, Shape, search_space, table_config
 
 from .compile_launches import recorded
@@ -36,6 +37,7 @@ DIRECTIONS = tuple(SPACE)
 CHECKED_CHUNKS = 3  # and one token of a fourth, which is then not full
 CHECKED_BATCH = 2
 RUNNER_UPS_KEPT = 3
+INCUMBENT = "the incumbent"  # what `words` says of a choice that changes nothing
 _TIMED_SEED = 0
 # The kernel that the fields with a prefix configure.
 _KERNELS = {"forward": {"prepare": "prepare_fwd_kernel", "scan": "scan_fwd_kernel"}}
@@ -133,7 +135,7 @@ class MdnKernel(Tunable):
         if self.kernel is not None:
             with _noted() as launches:
                 call()
-            wanted = [it for it in launches if it[1][0].__name__ in self._wanted()]
+            wanted = [it for it in launches if it[0].kernel.__name__ in self._wanted()]
             call = functools.partial(_repeat, wanted)
         # Replayed from a graph on a GPU, so that the host's share is in no sample.
         return call if self.device == "cpu" else open_graph(call, "forward", [], d_output)
@@ -193,31 +195,25 @@ class MdnKernel(Tunable):
 
 
 @contextmanager
-def _noted() -> Iterator[list[Any]]:
-    """The launches made meanwhile, which run: (launch, its arguments, its options), to be made again."""
-    launches: list[Any] = []
-    modules = (forward, backward)
-    before = [module.launch for module in modules]
+def _noted() -> Iterator[list[tuple[Launch, tuple[Tensor | None, ...]]]]:
+    """The launches made meanwhile, which run, and their tensors: to be made again."""
+    launches: list[tuple[Launch, tuple[Tensor | None, ...]]] = []
+    call = Launch.__call__
 
-    def noting(launch: Callable[..., None]) -> Callable[..., None]:
-        def run(*arguments: Any, **options: Any) -> None:
-            launches.append((launch, arguments, options))
-            launch(*arguments, **options)
+    def run_and_note(launch: Launch, *tensors: Tensor | None) -> None:
+        launches.append((launch, tensors))
+        call(launch, *tensors)
 
-        return run
-
-    for module in modules:
-        module.launch = noting(module.launch)
+    Launch.__call__ = run_and_note
     try:
         yield launches
     finally:
-        for module, launch in zip(modules, before):
-            module.launch = launch
+        Launch.__call__ = call
 
 
-def _repeat(launches: Sequence[Any]) -> None:
-    for launch, arguments, options in launches:
-        launch(*arguments, **options)
+def _repeat(launches: Sequence[tuple[Launch, tuple[Tensor | None, ...]]]) -> None:
+    for launch, tensors in launches:
+        launch(*tensors)
 
 
 @functools.lru_cache(maxsize=1)  # all candidates of a workload are timed on the same
@@ -347,7 +343,7 @@ def words(choice: Choice, log: TuneLog) -> str:
     direction, _, label = choice.tunable.split(" ", 2)
     before = log.incumbents(label, {})[direction]
     changed = {name: value for name, value in choice.candidate.items() if value != before.get(name)}
-    return " ".join(f"{name}={value} (was {before.get(name)})" for name, value in changed.items()) or "the incumbent"
+    return " ".join(f"{name}={value} (was {before.get(name)})" for name, value in changed.items()) or INCUMBENT
 
 
 def verify(

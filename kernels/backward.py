@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,13 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import BackwardConfig, block_size, choose_backward_config
-from .forward import forward_config, launch_scan, of_prepare
+from .forward import forward_config, prepare_launch, scan_launch
 from .gates import N_D_ROWS, N_LOCAL_ROWS, gates_bwd_kernel
 from .gradients import gradients_bwd_kernel, matrices_bwd_kernel
-from .launch import launch
+from .launch import Launch
 from .library import on_device_of
-from .prepare import prepare_fwd_kernel
-from .problem import Problem, contiguous, limited, limits_of, problem_of
+from .problem import Problem, contiguous, is_layer_call, limited, limits_of, problem_of
 from .scan import scan_bwd_kernel
 from .states import states_bwd_kernel
 from .store import tuned_config
@@ -74,20 +74,21 @@ def chunk_backward(
     packed_sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
     x = problem_of(q.shape, v.shape, q.dtype, packed_sequences, scale, chunk_size, use_qk_l2norm_in_kernel)
     shape = (x.K, x.V, x.C, q.element_size(), x.N * x.HV, p is not None, *limits_of(q.device))
-    config = config or tuned_config("backward", x, q, p is not None) or choose_backward_config(*shape)
+    states = (initial_state, dfinal_state)
+    in_layer = is_layer_call(x, use_qk_l2norm_in_kernel, use_p_times_alpha, beta, eta, *states)
+    if config is None and in_layer and errors is not None:
+        config = tuned_config("backward", x, q, p is not None)
+    config = config or choose_backward_config(*shape)
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, do, dfinal_state = contiguous(
         q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, do, dfinal_state
     )
     want_q, want_k, want_v, want_alpha, want_mu, want_p, want_beta, want_eta, want_initial = wanted
     want_gates = want_alpha or want_mu or want_beta or want_eta
     want_chunks = want_gates or want_q or want_k or want_p  # and not what the scan gives alone
-    groups = [(0, x.HV)]  # first value head and number of those that are done together
-    if errors is None and want_chunks and x.HV > 1:
-        half = x.HV // 2
-        groups = [(0, x.HV - half), (x.HV - half, half)]
-    heads = groups[0][1]
+    halves = errors is None and want_chunks and x.HV > 1
+    launches = _launches(x, config, halves, want_gates, use_p_times_alpha, use_qk_l2norm_in_kernel)
+    heads = launches.groups[0].heads
     key_tiles = -(-x.K // config.gradients_block_k)
-    state_tiles = -(-x.K // config.states_block_k) * -(-x.V // config.states_block_v)
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=q.device)
@@ -100,91 +101,37 @@ def chunk_backward(
         local = empty(x.slots, x.HV, N_LOCAL_ROWS.value, x.C)
     if want_gates:
         dcoefficients = empty(x.slots, x.HV, key_tiles, N_D_ROWS.value, x.C)
-    sizes = {
-        "H": x.H, "HV": x.HV, "K": x.K, "V": x.V, "C": x.C, "BK": block_size(x.K), "VARLEN": x.packed,
-        "PRECISION": x.precision,
-    }  # fmt: skip
-    of_norms = {"L2NORM": use_qk_l2norm_in_kernel}
     with on_device_of(q):
         if errors is None and want_chunks:
             errors = torch.empty_like(v)
-            launch_scan(
-                x, forward_config(x, q, p is not None), q, k, p, v, inverse, None, coefficients, initial_state,
-                None, errors, None, cu_seqlens,
-            )  # fmt: skip
+            scan_launch(x, forward_config(x, q, p is not None, False))(
+                q, k, p, v, inverse, None, coefficients, initial_state, None, errors, None, cu_seqlens
+            )
         attention = torch.empty_like(inverse)
-        launch(
-            prepare_fwd_kernel, (x.slots * x.HV,),
-            (q, k, p, None, attention, coefficients, low, cu_seqlens, x.scale, x.T, x.N, x.NT),
-            of_prepare(x, use_p_times_alpha, use_qk_l2norm_in_kernel),
-            num_warps=config.attention_warps,
-        )  # fmt: skip
-        for first_head, heads in groups:
-            of_heads = {**sizes, "HEADS": heads}
-            launch(
-                scan_bwd_kernel, (-(-x.V // config.scan_block_v) * x.N * heads,),
-                (
-                    q, k, p, do, inverse, attention, coefficients, dfinal_state, dv, dstates, dinitial_state,
-                    cu_seqlens, x.T, x.N, x.NT, first_head,
-                ),
-                {**of_heads, "BV": config.scan_block_v, "STAGES": config.scan_stages},
-                **_options(config, "scan"),
-            )  # fmt: skip
+        launches.attention(q, k, p, None, attention, coefficients, low, cu_seqlens)
+        for group in launches.groups:
+            group.scan(
+                q, k, p, do, inverse, attention, coefficients, dfinal_state, dv, dstates, dinitial_state, cu_seqlens
+            )
             if not want_chunks:
                 continue
-            if first_head + heads == x.HV:
+            if group is launches.groups[-1]:
                 attention = None  # its memory may hold gradients
-            if first_head == 0:
+            if group is launches.groups[0]:
                 dtype = q.dtype if x.HV == x.H else torch.float32
                 dq, dk, dp = (
                     empty(x.B, x.T, x.HV, x.K, dtype=dtype) if want else None for want in (want_q, want_k, want_p)
                 )
-            launch(
-                matrices_bwd_kernel, (x.slots * heads,),
-                (
-                    q, k, p, v, o, do, dv, errors, coefficients, low, dq, dk, dp, local, cu_seqlens,
-                    x.scale, x.T, x.N, x.NT, first_head,
-                ),
-                {
-                    **of_heads, "BV": config.matrices_block_v, "P_TIMES_ALPHA": use_p_times_alpha, **of_norms,
-                    "GATES": want_gates, "DTYPE": x.matrix_dtype, "STAGES": config.matrices_stages,
-                },
-                **_options(config, "matrices"),
-            )  # fmt: skip
-            launch(
-                states_bwd_kernel, (state_tiles * x.N * heads,),
-                (k, errors, coefficients, initial_state, states, cu_seqlens, x.T, x.N, x.NT, first_head),
-                {
-                    **of_heads, "BK": config.states_block_k, "BV": config.states_block_v,
-                    "STAGES": config.states_stages,
-                },
-                **_options(config, "states"),
-            )  # fmt: skip
-            launch(
-                gradients_bwd_kernel, (x.slots * heads * key_tiles,),
-                (
-                    q, k, p, do, dv, errors, states, dstates, coefficients, local, dq, dk, dp, dcoefficients,
-                    cu_seqlens, x.T, x.N, x.NT, first_head,
-                ),
-                {
-                    **of_heads, "BK": config.gradients_block_k, "BV": config.gradients_block_v, **of_norms,
-                    "STAGES": config.gradients_stages,
-                },
-                **_options(config, "gradients"),
-            )  # fmt: skip
+            group.matrices(q, k, p, v, o, do, dv, errors, coefficients, low, dq, dk, dp, local, cu_seqlens)
+            group.states(k, errors, coefficients, initial_state, states, cu_seqlens)
+            group.gradients(
+                q, k, p, do, dv, errors, states, dstates, coefficients, local, dq, dk, dp, dcoefficients, cu_seqlens
+            )
         del states, dstates, errors
         gates = ((log_alpha, want_alpha), (log_mu, want_mu), (beta, want_beta), (eta, want_eta))
         dgates = [torch.empty_like(gate) if want else None for gate, want in gates]
         if want_gates:
-            launch(
-                gates_bwd_kernel, (x.slots, -(-x.HV // x.block_h)),
-                (log_alpha, log_mu, beta, eta, dcoefficients, local, *dgates, cu_seqlens, x.scale, x.T, x.N, x.NT),
-                {
-                    "HV": x.HV, "C": x.C, "BH": x.block_h, "KT": key_tiles, "P_TIMES_ALPHA": use_p_times_alpha,
-                    "VARLEN": x.packed, "SUM_DTYPE": tl.float32 if low is None else tl.float64,
-                },
-                num_warps=2,
-            )  # fmt: skip
+            launches.gates(log_alpha, log_mu, beta, eta, dcoefficients, local, *dgates, cu_seqlens)
     if x.HV != x.H:
         dq = _sum_of_groups(dq, x, q.dtype)
         dk = _sum_of_groups(dk, x, q.dtype)
@@ -193,6 +140,79 @@ def chunk_backward(
         dinitial_state = dinitial_state.to(initial_state.dtype)
     dlog_alpha, dlog_mu, dbeta, deta = dgates
     return Gradients(dq, dk, dv if want_v else None, dlog_alpha, dlog_mu, dp, dbeta, deta, dinitial_state)
+
+
+class _Group(NamedTuple):
+    """What runs for value heads that are done together."""
+
+    heads: int
+    scan: Launch
+    matrices: Launch
+    states: Launch
+    gradients: Launch
+
+
+class _Launches(NamedTuple):
+    attention: Launch
+    groups: tuple[_Group, ...]
+    gates: Launch
+
+
+@functools.lru_cache(maxsize=1024)
+def _launches(
+    x: Problem, config: BackwardConfig, halves: bool, want_gates: bool, use_p_times_alpha: bool, l2norm: bool
+) -> _Launches:
+    """With `halves`, half of the value heads at a time."""
+    key_tiles = -(-x.K // config.gradients_block_k)
+    state_tiles = -(-x.K // config.states_block_k) * -(-x.V // config.states_block_v)
+    sizes = {
+        "H": x.H, "HV": x.HV, "K": x.K, "V": x.V, "C": x.C, "BK": block_size(x.K), "VARLEN": x.packed,
+        "PRECISION": x.precision,
+    }  # fmt: skip
+    tokens = (x.T, x.N, x.NT)
+    groups = []
+    half = x.HV // 2
+    for first_head, heads in ((0, x.HV - half), (x.HV - half, half)) if halves else ((0, x.HV),):
+        of_heads = {**sizes, "HEADS": heads}
+        reverse_scan = Launch(
+            scan_bwd_kernel, (-(-x.V // config.scan_block_v) * x.N * heads,), (*tokens, first_head),
+            {**of_heads, "BV": config.scan_block_v, "STAGES": config.scan_stages},
+            **_options(config, "scan"),
+        )  # fmt: skip
+        matrices = Launch(
+            matrices_bwd_kernel, (x.slots * heads,), (x.scale, *tokens, first_head),
+            {
+                **of_heads, "BV": config.matrices_block_v, "P_TIMES_ALPHA": use_p_times_alpha, "L2NORM": l2norm,
+                "GATES": want_gates, "DTYPE": x.matrix_dtype, "STAGES": config.matrices_stages,
+            },
+            **_options(config, "matrices"),
+        )  # fmt: skip
+        states = Launch(
+            states_bwd_kernel, (state_tiles * x.N * heads,), (*tokens, first_head),
+            {
+                **of_heads, "BK": config.states_block_k, "BV": config.states_block_v, "STAGES": config.states_stages,
+            },
+            **_options(config, "states"),
+        )  # fmt: skip
+        gradients = Launch(
+            gradients_bwd_kernel, (x.slots * heads * key_tiles,), (*tokens, first_head),
+            {
+                **of_heads, "BK": config.gradients_block_k, "BV": config.gradients_block_v, "L2NORM": l2norm,
+                "STAGES": config.gradients_stages,
+            },
+            **_options(config, "gradients"),
+        )  # fmt: skip
+        groups.append(_Group(heads, reverse_scan, matrices, states, gradients))
+    gates = Launch(
+        gates_bwd_kernel, (x.slots, -(-x.HV // x.block_h)), (x.scale, *tokens),
+        {
+            "HV": x.HV, "C": x.C, "BH": x.block_h, "KT": key_tiles, "P_TIMES_ALPHA": use_p_times_alpha,
+            "VARLEN": x.packed, "SUM_DTYPE": tl.float64 if x.precision == "tf32x3" else tl.float32,
+        },
+        num_warps=2,
+    )  # fmt: skip
+    attention = prepare_launch(x, use_p_times_alpha, l2norm, num_warps=config.attention_warps)
+    return _Launches(attention, tuple(groups), gates)
 
 
 def _options(config: BackwardConfig, kernel: str) -> dict[str, int]:

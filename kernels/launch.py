@@ -2,13 +2,13 @@
 
 At every launch Triton binds the arguments to the kernel's signature, looks the code up by what it specialises on, and
 compares each global constant that the kernel uses: about 60 us for a kernel of this package with Triton 3.6, and a
-forward pass launches three. Here the code that a launch compiled is kept, and run again by later launches for which
-Triton would choose the same.
+forward pass launches three. Here what the shape of a call decides is kept in a `Launch`, with the code that was
+compiled for it, which is run again for tensors of the same kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,57 +17,58 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 _ON_HIP = torch.version.hip is not None
-_compiled: dict[tuple, CompiledKernel] = {}
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: Sequence[Tensor | int | float | None],
-    constants: Mapping[str, Any],
-    **options: int,
-) -> None:
-    """As `kernel[grid](*arguments, **constants, **options)`, on the current CUDA device and stream.
+class Launch:
+    """A kernel and all arguments but the tensors; called with these, as `kernel[grid](...)` on the current CUDA device
+    and stream.
 
-    Compiled code is found again by all that Triton specialises on: dtype and 16-byte alignment of a tensor; of an int
-    whether it is 1, divisible by 16, within 32 bits; which arguments are None, float, int or tensor; `constants` and
-    `options`; the device. Environment variables and knobs of Triton count when a kernel is compiled, and not after;
-    hooks around launches see the first one alone.
+    Compiled code is found again by all that Triton specialises on: of every tensor the dtype, whether it starts at a
+    multiple of 16 bytes, and whether it is there; the device. Environment variables and knobs of Triton count when a
+    kernel is compiled, and not after; hooks around launches see the first one alone.
 
     Args:
         kernel: a function under `triton.jit`. Anything else, such as a kernel in the interpreter, is called as above.
         grid: up to three sizes.
-        arguments: of the kernel, in order, up to its compile-time constants; the first is a tensor. All tensors are on
-            the current device.
-        constants: every compile-time constant of the kernel by name; hashable values.
+        numbers: int and float arguments of the kernel, which follow its tensors.
+        constants: every compile-time constant of the kernel by name, in order.
         options: of the compiler, such as num_warps.
     """
-    if not isinstance(kernel, JITFunction) or _ON_HIP:  # for HIP Triton specialises on more
-        kernel[grid](*arguments, **constants, **options)
-        return
-    device = arguments[0].device
-    key = [kernel.fn, device, *constants, *constants.values(), *options, *options.values()]
-    values = []  # for the launcher a pointer is its address
-    for x in arguments:
-        kind = type(x)
-        if x is None or kind is float:
-            key.append(kind)
-        elif kind is int:
-            key.append((x == 1, x % 16 == 0, -(2**31) <= x < 2**31))
-        else:
-            key.append(x.dtype)
-            x = x.data_ptr()
-            key.append(x % 16 == 0)
-        values.append(x)
-    key = tuple(key)
-    compiled = _compiled.get(key)
-    if compiled is None:
-        compiled = kernel[grid](*arguments, **constants, **options)
-        if isinstance(compiled, CompiledKernel):  # None where a hook of Triton took over
-            _compiled[key] = compiled
-        return
-    # As the last lines of `JITFunction.run`. Nothing reads the constants, but their places count.
-    sizes = (*grid, 1, 1)[:3]
-    stream = driver.active.get_current_stream(device.index)
-    code = (compiled.function, compiled.packed_metadata)
-    compiled.run(*sizes, stream, *code, None, None, None, *values, *constants.values())
+
+    __slots__ = ("_codes", "_sizes", "_tail", "constants", "grid", "kernel", "numbers", "options")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        numbers: Sequence[int | float],
+        constants: dict[str, Any],
+        **options: int,
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.constants, self.options = kernel, grid, numbers, constants, options
+        self._codes: dict[tuple, CompiledKernel] = {}
+        self._sizes = (*grid, 1, 1)[:3]
+        self._tail = (*numbers, *constants.values())  # nothing reads the constants, but their places count
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch with the kernel's tensors in order; the first is not None, all are on the current device."""
+        if not isinstance(self.kernel, JITFunction) or _ON_HIP:  # for HIP Triton specialises on more
+            self._by_triton(tensors)
+            return
+        device = tensors[0].device
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        dtypes = [None if x is None else x.dtype for x in tensors]
+        key = (device, *dtypes, *[x is not None and x % 16 == 0 for x in pointers])
+        code = self._codes.get(key)
+        if code is None:
+            code = self._by_triton(tensors)
+            if isinstance(code, CompiledKernel):  # None where a hook of Triton took over
+                self._codes[key] = code
+            return
+        # As the last lines of `JITFunction.run`.
+        stream = driver.active.get_current_stream(device.index)
+        handles = (code.function, code.packed_metadata)
+        code.run(*self._sizes, stream, *handles, None, None, None, *pointers, *self._tail)
+
+    def _by_triton(self, tensors: Sequence[Tensor | None]) -> Any:
+        return self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,8 +16,12 @@ GATE_HEADS = 8  # value heads a program of the gates kernels: a 32-byte sector o
 INTERPRETER_LIMITS = (232448, 132)  # of an H200: what the interpreter stands in for
 
 
-class Problem(NamedTuple):
-    """Sizes of a call, as in `chunk_momentum_delta_rule`, and how the kernels compute."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Problem:
+    """Sizes of a call, as in `chunk_momentum_delta_rule`, and how the kernels compute.
+
+    `problem_of` gives the same object for the same call: it is a quick key for what follows from it.
+    """
 
     B: int
     T: int
@@ -60,6 +64,18 @@ def problem_of(
         B, T, H, HV, K, V, chunk_size, N, -(-T // chunk_size), count_slots(T, N, chunk_size, packed), packed,
         K**-0.5 if scale is None else float(scale), precision, solve_dtype,
         tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, min(GATE_HEADS, 1 << (HV - 1).bit_length()),
+    )  # fmt: skip
+
+
+def is_layer_call(
+    x: Problem, use_qk_l2norm_in_kernel: bool, use_p_times_alpha: bool, beta: Tensor | None, eta: Tensor | None,
+    *states: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether a call is as a layer makes it in training. Stored configurations were checked in such calls, and serve
+    no others: the code compiled for these is another."""
+    return (
+        use_qk_l2norm_in_kernel and use_p_times_alpha and not x.packed and beta is not None and eta is not None
+        and all(state is None for state in states)
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import block_size
-from .launch import launch
+from .launch import Launch
 from .library import LIBRARY, OPTIONS, TOKEN_ARGUMENTS, on_device_of, register
 from .problem import contiguous
 from .reference import L2NORM_EPS, recurrent_mdn
@@ -155,6 +155,21 @@ def default_config(K: int, V: int, heads: int) -> RecurrentConfig:
     return RecurrentConfig(BV, min(8, max(1, block_size(K) * BV // 1024)))
 
 
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    T: int, N: int, H: int, HV: int, K: int, V: int, scale: float, l2norm: bool, use_p_times_alpha: bool,
+    one_token: bool, config: RecurrentConfig,
+) -> Launch:  # fmt: skip
+    return Launch(
+        recurrent_fwd_kernel, (-(-V // config.BV) * N * HV,), (scale, T, N),
+        {
+            "H": H, "HV": HV, "K": K, "V": V, "BK": block_size(K), "BV": config.BV, "NORM": l2norm,
+            "P_TIMES_ALPHA": use_p_times_alpha, "ONE_TOKEN": one_token,
+        },
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
 def recurrent_forward(
     q: Tensor,
     k: Tensor,
@@ -191,21 +206,12 @@ def recurrent_forward(
         final_state = initial_state
     elif output_final_state:
         final_state = torch.empty((2, N, HV, K, V), dtype=torch.float32, device=v.device)
-    config = config or default_config(K, V, N * HV)
+    one_token = T == 1 and cu_seqlens is None
+    scale = K**-0.5 if scale is None else float(scale)
+    flags = (use_qk_l2norm_in_kernel, use_p_times_alpha, one_token)
+    launch = _launch(T, N, H, HV, K, V, scale, *flags, config or default_config(K, V, N * HV))
     with on_device_of(q):
-        launch(
-            recurrent_fwd_kernel, (-(-V // config.BV) * N * HV,),
-            (
-                q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, final_state,
-                K**-0.5 if scale is None else float(scale), T, N,
-            ),
-            {
-                "H": H, "HV": HV, "K": K, "V": V, "BK": block_size(K), "BV": config.BV,
-                "NORM": use_qk_l2norm_in_kernel, "P_TIMES_ALPHA": use_p_times_alpha,
-                "ONE_TOKEN": T == 1 and cu_seqlens is None,
-            },
-            num_warps=config.num_warps,
-        )  # fmt: skip
+        launch(q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, final_state)
     return o, final_state
 
 

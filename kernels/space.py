@@ -62,8 +62,8 @@ SPACE: dict[str, dict[str, dict[str, tuple[int | None, ...]]]] = {
             "gradients_block_k": (32, 64, 128),
             "gradients_block_v": (32, 64),
             "gradients_warps": (4, 8),
-            "gradients_stages": (1, 2),
-            "gradients_max_registers": (None, 168),
+            "gradients_stages": (2, 3),
+            "gradients_max_registers": (None, 128, 168),
         },
     },
 }

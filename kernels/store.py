@@ -379,7 +379,7 @@ def _search(direction: str, x: Any, q: Any) -> Config | None:
     length = max(x.T // N if x.packed else x.T, 1)
     options = {
         "batch": N, "heads": x.H, "value-heads": x.HV, "seq-len": length, "head-dim": x.K, "v-head-dim": x.V,
-        "chunk-size": x.C, "dtype": str(q.dtype).removeprefix("torch."), "device": str(q.device),
+        "chunk-size": x.C, "budget": "5m", "dtype": str(q.dtype).removeprefix("torch."), "device": str(q.device),
     }  # fmt: skip
     arguments = tuple(f"--{name}={value}" for name, value in options.items())
     if arguments not in _searched:

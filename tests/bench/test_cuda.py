@@ -28,9 +28,14 @@ def test_events_time_the_call_and_not_the_flush_of_the_cache() -> None:
 
 
 def test_what_fits_into_the_cache_is_read_faster_when_it_is_warm() -> None:
-    x = torch.ones(8 * MIB, device="cuda", dtype=torch.uint8)
+    x = torch.ones(16 * MIB, device="cuda", dtype=torch.uint8)
     y = torch.empty_like(x)
-    cold, warm = (sorted(measure.time_on_cuda(cold)(lambda: y.copy_(x), 50))[25] for cold in (True, False))
+
+    def call() -> None:
+        torch.cuda._sleep(100_000)  # longer than the host takes to launch the copy, which would be in the warm time
+        y.copy_(x)
+
+    cold, warm = (sorted(measure.time_on_cuda(cold)(call, 50))[25] for cold in (True, False))
     assert warm < cold
 
 

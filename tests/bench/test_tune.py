@@ -124,7 +124,7 @@ def test_one_kernel_is_launched_alone() -> None:
     for name, launched in (("forward prepare", 1), ("backward gradients", 1)):
         call = found[name].run(dict(found[name].base))
         assert len(call.args[0]) == launched
-        assert {it[1][0].__name__ for it in call.args[0]} == set(found[name]._wanted())
+        assert {launch.kernel.__name__ for launch, _ in call.args[0]} == set(found[name]._wanted())
         call()
 
 
@@ -260,7 +260,7 @@ def test_the_command_says_what_was_found_and_where_it_is(pretended_gpu, capsys, 
     assert "forward all" in output
     assert "0.900 [0.890, 0.910]" in output
     assert output.splitlines()[-1] == (
-        f"3 of 6 got faster, 3 keep their configuration; saved in {store.user_folder()}/Triton-s-interpreter.json"
+        f"3 of 6 changed, 3 keep their configuration; saved in {store.user_folder()}/Triton-s-interpreter.json"
     )
     assert [settings.jobs for settings in found.settings] == [3] * 3
     assert found.settings[0].seconds == pytest.approx(120, abs=1)  # of three shapes

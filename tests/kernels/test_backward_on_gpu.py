@@ -20,7 +20,7 @@ from kernel_cases import (
 )
 
 from mdnbench.kernels import chunk_momentum_delta_rule
-from mdnbench.kernels.config import choose_backward_config
+from mdnbench.kernels.config import choose_backward_config, choose_config
 from mdnbench.kernels.problem import limits_of
 
 
@@ -32,9 +32,11 @@ def grads_of(function, inputs, do, dstate):
 
 
 def fits(dtype, K, chunk_size, free_p):
-    """Whether the backward has a configuration for it on this GPU."""
+    """Whether forward and backward have a configuration for it on this GPU."""
+    shape = (K, K, chunk_size, dtype.itemsize, 16, free_p, *limits_of(torch.device(DEVICE, 0)))
     try:
-        choose_backward_config(K, K, chunk_size, dtype.itemsize, 16, free_p, *limits_of(torch.device(DEVICE, 0)))
+        choose_config(*shape)
+        choose_backward_config(*shape)
     except ValueError:
         return False
     return True
@@ -104,6 +106,13 @@ class TestOnGpu:
         inputs = inputs_of(make_inputs, "layer", torch.bfloat16, sizes, () if free_p else ("p",))
         check_gradients(inputs, options_of({}))
 
+    @pytest.mark.parametrize("chunk_size", [16, 64, 128])
+    @pytest.mark.parametrize(("K", "V"), [(16, 64), (32, 128), (20, 33), (40, 512)])
+    def test_narrow_keys(self, K, V, chunk_size, make_inputs, check_gradients):
+        """Tiles with more columns of V than of K."""
+        inputs = inputs_of(make_inputs, "layer", torch.bfloat16, {**BF16_SIZES, "K": K, "V": V}, ("p",))
+        check_gradients(inputs, options_of({"chunk_size": chunk_size}))
+
     @pytest.mark.parametrize("chunk_size", [16, 32, 64, 128])
     @pytest.mark.parametrize("tokens", [1, 15, 63, 65, 130, 777])
     def test_lengths_and_chunk_sizes(self, tokens, chunk_size, make_inputs, check_gradients):
@@ -131,7 +140,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", SIZES, ids=["bf16", "fp32"])
     @pytest.mark.parametrize("arriving", FROM_BOTH_ENDS)
     def test_gradients_that_arrive_at_one_end(self, arriving, dtype, make_inputs, check_gradients):
-        inputs = inputs_of(make_inputs, "layer", dtype, SIZES[dtype])
+        inputs = inputs_of(make_inputs, "layer", dtype, {**SIZES[dtype], "T": 70})  # after 257 tokens 1e-71 is left
         check_gradients(inputs, options_of({}), arriving=(arriving,))
 
     def test_a_long_sequence(self, make_inputs, check_gradients):
