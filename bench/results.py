@@ -100,7 +100,7 @@ class Record:
     time: str  # when the row was written, ISO 8601 in UTC
     samples_ms: tuple[float, ...] = ()
     latency_ms: float | None = None  # median of the samples
-    latency_low_ms: float | None = None  # 95 % confidence interval of the median
+    latency_low_ms: float | None = None  # `metrics.reported_interval` of the median
     latency_high_ms: float | None = None
     tokens_per_s: float | None = None
     first_call_s: float | None = None  # build and first call: compilation and autotuning included

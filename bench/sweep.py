@@ -291,7 +291,7 @@ def make_record(
 ) -> Record:
     """The row of a point, dated now. One that failed keeps its samples and has no speed."""
     latency = metrics.median(samples_ms) if samples_ms and not failure else None
-    low, high = (metrics.sampled_interval(samples_ms) if latency is not None else None) or (None, None)
+    low, high = (metrics.reported_interval(samples_ms) if latency is not None else None) or (None, None)
     return Record(
         point=point,
         operator=operator,

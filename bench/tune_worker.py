@@ -125,6 +125,7 @@ def main(
         first: Tunable = pickle.loads(tunable)  # imports its module
         if runs:
             first.warm_up()
+        worker_process.freeze_what_is_loaded()
         server = _Server(lambda phase: connection.send(Phase(phase)))
         connection.send(worker_process.READY)
         while True:

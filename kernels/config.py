@@ -195,15 +195,15 @@ def choose_backward_config(
     few = heads * -(-head_dim_v // 16) <= multiprocessors
     scan_v = min(16 if few else 32, block_v)
     chunk_v = min(32 if element_bytes == 4 else 64, block_v)
-    # With 64 columns beside 32 of K, or fewer, the matrices kernel is miscompiled for sm_90 and reads out of bounds.
-    matrices_v = min(32, chunk_v) if block_k <= 32 else chunk_v
+    # Tiles with more columns of V than of K are miscompiled for sm_90: the matrices kernel then reads out of bounds.
+    chunk_v = min(chunk_v, block_k)
     small_tiles = heads * -(-block_k // 64) * -(-head_dim_v // 32)  # of the states
     config = BackwardConfig(
         scan_block_v=scan_v,
         scan_warps=8 if block_k > 128 else 4,
         states_block_k=min(64 if small_tiles <= 4 * multiprocessors else 128, block_k),
         states_block_v=min(32, block_v),
-        matrices_block_v=matrices_v,
+        matrices_block_v=chunk_v,
         gradients_block_k=block_k if free_p else min(64, block_k),  # dp needs a whole row of p
         gradients_block_v=chunk_v,
         gradients_warps=8 if free_p else 4,

@@ -38,7 +38,7 @@ TUNED, HAND_CHOSEN = "tuned", "hand-chosen"
 SHIPPED_FOLDER = Path(__file__).with_name("tuned")
 _SOURCES = ("gates", "prepare", "scan", "states", "gradients", "pairs", "slots", "problem", "forward", "backward")
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
-_FARTHEST = 4  # two doublings of heads, or four of the length: beyond it the table knows better
+_FARTHEST = 3  # a doubling of heads, or three of the length: beyond it the table knows better
 _HEADS_WEIGHT = 2  # of a factor of two in heads, against one in length: heads decide which tiles fill the GPU
 
 log = logging.getLogger("mdnbench")

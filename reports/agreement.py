@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mdnbench.bench.metrics import latency_ms, sampled_interval, sm_clock_mhz
+from mdnbench.bench.metrics import latency_ms, reported_interval, sm_clock_mhz
 from mdnbench.bench.quality import notes
 from mdnbench.bench.results import Record
 
@@ -62,7 +62,7 @@ def agreement(first: Sequence[Record], second: Sequence[Record], limit: float = 
         before, after = times[0][point], times[1][point]
         middle = latency_ms(after)
         difference = middle / latency_ms(before) - 1
-        interval = sampled_interval(before.samples_ms)
+        interval = reported_interval(before.samples_ms)
         covered = None if interval is None else interval[0] <= middle <= interval[1]
         pairs.append(Pair(before, after, difference, abs(difference) <= limit, covered))
     return Agreement(limit, pairs, len(times[0].keys() ^ times[1].keys()))
@@ -137,5 +137,5 @@ def _row(pair: Pair) -> tuple[str, ...]:
 
 
 def _width(record: Record) -> str:
-    interval = sampled_interval(record.samples_ms)
+    interval = reported_interval(record.samples_ms)
     return "-" if interval is None else f"{(interval[1] - interval[0]) / 2 / latency_ms(record):.2%}"

@@ -17,7 +17,8 @@ def tables_of(runs: Sequence[Run]) -> str:
     r"""One `table` an operator, to be \input into a document that loads booktabs."""
     rows = tables.to_rows(runs)
     places = "; ".join(describe(run.environment) or "environment not recorded" for run in runs)
-    shared = f"Every row: {tables.constants(rows)}. {places}. Time: median, ± half of its 95 % interval."
+    shared = f"Every row: {tables.constants(rows)}. {places}. "
+    shared += "Time: median, ± half of its 95 % interval (0.5 % at least)."
     if any(row["slowed_by"] for row in rows):
         shared += f" {style.THROTTLED.strip()}: the GPU was held back."
     lines = [r"% \usepackage{booktabs}"]

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NOTES = (
-    "Time: median, ± half of its 95 % confidence interval, or (n=samples) where they are too few for one. MiB: peak "
-    "memory. Error: worst relative error of the output and gradients against float64."
+    "Time: median, ± half of its 95 % confidence interval (0.5 % at least), or (n=samples) where they are too few for "
+    "one. MiB: peak memory. Error: worst relative error of the output and gradients against float64."
 )
 THROTTLE_NOTE = f"{style.THROTTLED.strip()} marks times taken while the GPU was held back: see the notes."
 

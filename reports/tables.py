@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mdnbench.bench.metrics import METRICS, host_overheads_ms, percent_of_roofline, sampled_interval, slowed_by
+from mdnbench.bench.metrics import METRICS, host_overheads_ms, percent_of_roofline, reported_interval, slowed_by
 from mdnbench.bench.quality import notes as quality_notes
 from mdnbench.bench.results import MODES, Record
 
@@ -92,7 +92,7 @@ def _row(run: Run, record: Record, host_overhead_ms: float | None) -> Row:
     point = record.point
     # From the samples where they are enough: rows of earlier versions hold intervals without the correction.
     there = record.latency_ms is not None
-    low, high = (sampled_interval(record.samples_ms) if there else None) or (
+    low, high = (reported_interval(record.samples_ms) if there else None) or (
         record.latency_low_ms,
         record.latency_high_ms,
     )

@@ -140,7 +140,8 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", SIZES, ids=["bf16", "fp32"])
     @pytest.mark.parametrize("arriving", FROM_BOTH_ENDS)
     def test_gradients_that_arrive_at_one_end(self, arriving, dtype, make_inputs, check_gradients):
-        inputs = inputs_of(make_inputs, "layer", dtype, {**SIZES[dtype], "T": 70})  # after 257 tokens 1e-71 is left
+        """At gates that leave something of a gradient on its way through all tokens: those of a layer leave 1e-19."""
+        inputs = inputs_of(make_inputs, "mild", dtype, {**SIZES[dtype], "T": 70})
         check_gradients(inputs, options_of({}), arriving=(arriving,))
 
     def test_a_long_sequence(self, make_inputs, check_gradients):

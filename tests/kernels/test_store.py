@@ -174,7 +174,7 @@ def test_a_call_searches_only_when_asked_to_and_once(monkeypatch):
     (command,) = commands
     assert command[3:-1] == [
         "tune", "--batch=4", "--heads=16", "--value-heads=16", "--seq-len=4096", "--head-dim=128", "--v-head-dim=128",
-        "--chunk-size=64", "--dtype=bfloat16", "--device=cuda:0",
+        "--chunk-size=64", "--budget=5m", "--dtype=bfloat16", "--device=cuda:0",
     ]  # fmt: skip
 
 
