@@ -32,8 +32,8 @@ LIBRARY.define(
 )
 
 
-def _or_none(x: Tensor) -> Tensor | None:
-    return x if x.numel() else None
+def _or_none(x: Tensor | None) -> Tensor | None:
+    return x if x is not None and x.numel() else None
 
 
 def _check_backward_fits(
@@ -92,12 +92,17 @@ def _backward_fake(q, k, v, log_alpha, log_mu, p, beta, eta, scale, initial_stat
 
 
 def _save(ctx, inputs, output) -> None:
+    """Keep what the backward needs; of `output` what comes after o and the final state may be None."""
     *tokens, ctx.scale, initial_state, ctx.output_final_state, cu_seqlens, norm, times_alpha, chunk_size, _, _ = inputs
     ctx.options = (norm, times_alpha, chunk_size)
     o = output[0] if norm else None  # the gradient through the L2 norm needs it
     ctx.save_for_backward(*tokens, initial_state, cu_seqlens, *output[2:], o)
-    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
+
+
+def _save_registered(ctx, inputs, output) -> None:
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[2:])
 
 
 def _differentiate_by(compute: Callable) -> Callable:
@@ -127,15 +132,25 @@ LIBRARY.impl("chunk_mdn_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("mdnbench::chunk_mdn", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("mdnbench::chunk_mdn_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd(
-    "mdnbench::chunk_mdn", _differentiate_by(torch.ops.mdnbench.chunk_mdn_backward), setup_context=_save, lib=LIBRARY
+    "mdnbench::chunk_mdn",
+    _differentiate_by(torch.ops.mdnbench.chunk_mdn_backward),
+    setup_context=_save_registered,
+    lib=LIBRARY,
 )
 
 
 class _Eager(torch.autograd.Function):
-    """The same as the registered operator, without what its dispatch takes of the host's time."""
+    """The same as the registered operator, without what its dispatch takes of the host's time. (Nor is there a
+    `setup_context`, for which PyTorch would bind the arguments to a signature.)"""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx, *arguments) -> tuple[Tensor, Tensor | None]:
+        *of_forward, _, save_memory = arguments
+        _check_backward_fits(*of_forward)
+        results = chunk_forward(*of_forward, keep_errors=not save_memory)
+        _save(ctx, arguments, results)
+        return results.o, results.final_state
+
     backward = staticmethod(_differentiate_by(chunk_backward))
 
 
@@ -157,12 +172,12 @@ def chunk_triton(*arguments, save_memory: bool = False) -> tuple[Tensor, Tensor 
     """
     # Inside a transform such as vmap a tensor does not say whether the one that it wraps requires gradients.
     for_backward = torch.is_grad_enabled() and (
-        torch._C._are_functorch_transforms_active() or any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+        torch._C._are_functorch_transforms_active()
+        or any(x.requires_grad for x in (*arguments[:8], arguments[9]) if x is not None)
     )
     if not _is_eager(arguments[0]):
         o, final_state, *_ = torch.ops.mdnbench.chunk_mdn(*arguments, for_backward, save_memory)
-    elif for_backward:
-        o, final_state, *_ = _Eager.apply(*arguments, for_backward, save_memory)
-    else:
-        return chunk_forward(*arguments)[:2]
-    return o, final_state if arguments[10] else None
+        return o, final_state if arguments[10] else None
+    if for_backward:
+        return _Eager.apply(*arguments, for_backward, save_memory)
+    return chunk_forward(*arguments)[:2]

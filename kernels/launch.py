@@ -56,9 +56,21 @@ class Launch:
             self._by_triton(tensors)
             return
         device = tensors[0].device
-        pointers = [None if x is None else x.data_ptr() for x in tensors]
-        dtypes = [None if x is None else x.dtype for x in tensors]
-        key = (device, *dtypes, *[x is not None and x % 16 == 0 for x in pointers])
+        kinds: list[Any] = [device]
+        pointers: list[int | None] = []
+        bits = 0
+        for x in tensors:
+            if x is None:
+                kinds.append(None)
+                pointers.append(None)
+            else:
+                pointer = x.data_ptr()
+                kinds.append(x.dtype)
+                pointers.append(pointer)
+                bits |= pointer
+        if bits % 16:
+            kinds += [pointer is not None and pointer % 16 == 0 for pointer in pointers]
+        key = tuple(kinds)
         code = self._codes.get(key)
         if code is None:
             code = self._by_triton(tensors)

@@ -10,7 +10,7 @@ from mdnbench.baselines.registry import providers
 from mdnbench.bench.presets import load_preset, make_spec, preset_names, resolve_device
 from mdnbench.bench.spec import estimate_seconds, plan
 
-GPU_PRESETS = ("long-context", "paper-1.3b", "paper-400m")
+GPU_PRESETS = ("ci-gpu", "long-context", "paper-1.3b", "paper-400m")
 ALL = tuple(providers())
 
 
@@ -19,7 +19,7 @@ def spec_of(name: str, cuda_devices: int = 0, **changes):
 
 
 def test_the_presets() -> None:
-    assert preset_names() == ("ci", "long-context", "paper-1.3b", "paper-400m", "smoke")
+    assert preset_names() == ("ci", "ci-gpu", "long-context", "paper-1.3b", "paper-400m", "smoke")
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -33,7 +33,7 @@ def test_every_preset_plans_on_a_gpu(name: str) -> None:
     assert estimate_seconds(points, spec) > 0
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", [name for name in preset_names() if name != "ci-gpu"])
 def test_every_preset_plans_on_a_cpu_that_is_asked_for(name: str) -> None:
     spec = spec_of(name, device="cpu")
     assert spec.regimes == ("eager",)
@@ -49,10 +49,20 @@ def test_every_preset_begins_with_what_it_is_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GPU_PRESETS)
-def test_gpu_presets_need_a_gpu_and_hold_a_short_length(name: str) -> None:
-    assert min(load_preset(name)["seq_lens"]) <= 512
+def test_gpu_presets_need_a_gpu(name: str) -> None:
     with pytest.raises(ValueError, match=r"^--device 'cuda': PyTorch sees no GPU here; use --device cpu"):
         spec_of(name)
+
+
+@pytest.mark.parametrize("name", ["long-context", "paper-1.3b", "paper-400m"])
+def test_presets_of_real_shapes_hold_a_short_length(name: str) -> None:
+    assert min(load_preset(name)["seq_lens"]) <= 512
+
+
+def test_the_gate_on_a_gpu_replays_graphs_of_few_points() -> None:
+    points = plan(make_spec({"name": "gate", "providers": ("mdn-triton",)} | load_preset("ci-gpu"), 1))
+    assert {point.regime for point in points} == {"graph"}
+    assert [point.mode for point in points] == ["forward", "forward_backward"]
 
 
 @pytest.mark.parametrize("name", GPU_PRESETS)
@@ -99,5 +109,5 @@ def test_devices() -> None:
 
 
 def test_an_unknown_preset_is_answered_with_all() -> None:
-    with pytest.raises(ValueError, match=r"^--preset 'fast' is unknown: choose from ci, long-context"):
+    with pytest.raises(ValueError, match=r"^--preset 'fast' is unknown: choose from ci, ci-gpu, long-context"):
         load_preset("fast")
