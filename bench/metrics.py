@@ -28,8 +28,8 @@ TOLERANCES: dict[str, tuple[float, float]] = {
 }
 GATE_TOLERANCE_FACTOR = 2
 
-# By how much medians of the same call differ between processes: on an H200, 18 graphs captured in two runs, 0.2 % in
-# the middle, 0.7 % at worst, where their samples have intervals of ± 0.05 to 0.4 %.
+# By how much medians of the same call differ between processes. Chosen from 18 graphs captured in two runs on an H200:
+# 0.2 % in the middle, 0.7 % at worst, where the intervals of their samples are ± 0.05 to 0.4 %.
 PROCESS_SPREAD = 0.005
 
 

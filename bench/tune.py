@@ -240,7 +240,7 @@ def key_of(workload: Workload, direction: str) -> store.Key:
 
 
 def in_use(workload: Workload, direction: str, gpu: store.Gpu) -> tuple[Candidate, str, store.Entry | None]:
-    """The configuration that a call would use, where it comes from in words, and its entry."""
+    """The configuration that a layer's call would use, where it comes from in words, and its entry."""
     entry, notice = store.look_up(key_of(workload, direction), gpu)
     remark = "" if notice is None else f" ({notice})"
     if entry is None:

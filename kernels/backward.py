@@ -69,14 +69,15 @@ def chunk_backward(
         do: [B, T, HV, V], gradient of the output.
         dfinal_state: [2, N, HV, K, V], gradient of the final state; None for zeros.
         wanted: for each field of `Gradients` whether to compute it.
-        config: overrides the table of config.py.
+        config: in place of the stored one, or that of config.py.
     """
     packed_sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
     x = problem_of(q.shape, v.shape, q.dtype, packed_sequences, scale, chunk_size, use_qk_l2norm_in_kernel)
     shape = (x.K, x.V, x.C, q.element_size(), x.N * x.HV, p is not None, *limits_of(q.device))
     states = (initial_state, dfinal_state)
     in_layer = is_layer_call(x, use_qk_l2norm_in_kernel, use_p_times_alpha, beta, eta, *states)
-    if config is None and in_layer and errors is not None:
+    of_all = wanted[:8] == [True] * 5 + [p is not None, True, True] and errors is not None
+    if config is None and in_layer and of_all:
         config = tuned_config("backward", x, q, p is not None)
     config = config or choose_backward_config(*shape)
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, do, dfinal_state = contiguous(

@@ -55,7 +55,7 @@ def chunk_forward(
     device, or on the CPU when Triton interprets.
 
     Args:
-        config: overrides the table of config.py.
+        config: in place of the stored one, or that of config.py.
         keep_errors: whether to write R.
 
     Raises:
@@ -66,7 +66,7 @@ def chunk_forward(
     if config is None:
         states = (initial_state, True if output_final_state else None)
         in_layer = is_layer_call(x, use_qk_l2norm_in_kernel, use_p_times_alpha, beta, eta, *states)
-        config = forward_config(x, q, p is not None, in_layer)
+        config = forward_config(x, q, p is not None, in_layer and keep_errors)
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens = contiguous(
         q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens
     )

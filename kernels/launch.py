@@ -3,7 +3,7 @@
 At every launch Triton binds the arguments to the kernel's signature, looks the code up by what it specialises on, and
 compares each global constant that the kernel uses: about 60 us for a kernel of this package with Triton 3.6, and a
 forward pass launches three. Here what the shape of a call decides is kept in a `Launch`, with the code that was
-compiled for it, which is run again for tensors of the same kind.
+compiled for it, which is run again for tensors and shapes of the same kind.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 _ON_HIP = torch.version.hip is not None
+_codes: dict[tuple, dict[tuple, CompiledKernel]] = {}  # of all launches, which differ in numbers and grid
 
 
 class Launch:
     """A kernel and all arguments but the tensors; called with these, as `kernel[grid](...)` on the current CUDA device
     and stream.
 
-    Compiled code is found again by all that Triton specialises on: of every tensor the dtype, whether it starts at a
-    multiple of 16 bytes, and whether it is there; the device. Environment variables and knobs of Triton count when a
-    kernel is compiled, and not after; hooks around launches see the first one alone.
+    Compiled code is found again by all that Triton specialises on: `constants` and `options`; of a number whether it is
+    a float, 1, divisible by 16, within 32 bits; of every tensor the dtype, whether it starts at a multiple of 16 bytes,
+    and whether it is there; the device. Launches for other shapes thus share it. Environment variables and knobs of
+    Triton count when a kernel is compiled, and not after; hooks around launches see the first one alone.
 
     Args:
         kernel: a function under `triton.jit`. Anything else, such as a kernel in the interpreter, is called as above.
@@ -46,7 +48,9 @@ class Launch:
         **options: int,
     ) -> None:
         self.kernel, self.grid, self.numbers, self.constants, self.options = kernel, grid, numbers, constants, options
-        self._codes: dict[tuple, CompiledKernel] = {}
+        self._codes = _codes.setdefault(
+            (getattr(kernel, "fn", kernel), *constants.items(), *options.items(), *map(_kind, numbers)), {}
+        )
         self._sizes = (*grid, 1, 1)[:3]
         self._tail = (*numbers, *constants.values())  # nothing reads the constants, but their places count
 
@@ -84,3 +88,8 @@ class Launch:
 
     def _by_triton(self, tensors: Sequence[Tensor | None]) -> Any:
         return self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+
+
+def _kind(number: int | float) -> Any:
+    """What Triton tells apart of a number."""
+    return float if type(number) is float else (number == 1, number % 16 == 0, -(2**31) <= number < 2**31)

@@ -20,7 +20,7 @@ INTERPRETER_LIMITS = (232448, 132)  # of an H200: what the interpreter stands in
 class Problem:
     """Sizes of a call, as in `chunk_momentum_delta_rule`, and how the kernels compute.
 
-    `problem_of` gives the same object for the same call: it is a quick key for what follows from it.
+    `problem_of` gives the same object for the same call, so that it is a quick key for what follows from it.
     """
 
     B: int
@@ -74,8 +74,8 @@ def is_layer_call(
     """Whether a call is as a layer makes it in training. Stored configurations were checked in such calls, and serve
     no others: the code compiled for these is another."""
     return (
-        use_qk_l2norm_in_kernel and use_p_times_alpha and not x.packed and beta is not None and eta is not None
-        and all(state is None for state in states)
+        use_qk_l2norm_in_kernel and use_p_times_alpha and not x.packed and x.H == x.HV
+        and beta is not None and eta is not None and all(state is None for state in states)
     )  # fmt: skip
 
 

@@ -97,11 +97,19 @@ def search_space(direction: str, kernel: str, shape: Shape, base: Config) -> Ite
         base: gives the fields of the other kernels.
     """
     yield base
-    fields = SPACE[direction][kernel]
+    fields = {
+        name: (1,) if name.endswith("_stages") and _most_stages(name, shape) == 1 else values
+        for name, values in SPACE[direction][kernel].items()
+    }
     for values in itertools.product(*fields.values()):
         config = replace(base, **dict(zip(fields, values)))
         if config != base and why_invalid(direction, config, shape) is None:
             yield config
+
+
+def _most_stages(name: str, shape: Shape) -> int:
+    """The exact products of float32 keep no tile in flight."""
+    return 1 if shape.element_bytes == 4 and name != "matrices_stages" else 4
 
 
 def why_invalid(direction: str, config: Config, shape: Shape) -> str | None:
@@ -119,8 +127,7 @@ def why_invalid(direction: str, config: Config, shape: Shape) -> str | None:
         if name.endswith("_warps") and value not in (1, 2, 4, 8):
             return f"{name}={value} is not 1, 2, 4 or 8"
         if name.endswith("_stages"):
-            # The exact products of float32 keep no tile in flight.
-            most = 1 if shape.element_bytes == 4 and name != "matrices_stages" else 4
+            most = _most_stages(name, shape)
             if not 1 <= value <= most:
                 return f"{name}={value} is not from 1 to {most} for {shape.element_bytes} bytes an element"
         if name.endswith("_max_registers") and value is not None:
@@ -133,6 +140,9 @@ def why_invalid(direction: str, config: Config, shape: Shape) -> str | None:
     else:
         if shape.free_p and config.gradients_block_k != block_k:
             return f"gradients_block_k={config.gradients_block_k} is not {block_k}: dp needs a whole row of p"
+        for name in ("matrices_block_v", "gradients_block_v"):
+            if values[name] > block_k:
+                return f"{name}={values[name]} is above {block_k}, the tile of K: such code is miscompiled for sm_90"
         needed = backward_shared_memory(config, *sizes)
     kernel = max(needed, key=needed.get)
     if needed[kernel] > shape.shared_memory_bytes:

@@ -105,7 +105,8 @@ def bucket(count: int) -> int:
 
 
 def tuned_config(direction: str, x: Any, q: Any, free_p: bool) -> Config | None:
-    """The stored configuration for a call, or None: the table of config.py then decides. Under 2 us after the first.
+    """The stored configuration for a call of a layer (`problem.is_layer_call`), or None: the table of config.py then
+    decides. Under 2 us after the first.
 
     Args:
         direction: "forward" or "backward".
@@ -116,11 +117,9 @@ def tuned_config(direction: str, x: Any, q: Any, free_p: bool) -> Config | None:
     device = q.device
     if device.type != "cuda":
         return None
-    N = x.N or 1
     found, tuned = _find(
-        direction, device.index, q.dtype, x.K, x.V, x.C, free_p,
-        (N * x.HV - 1).bit_length(), (max(x.T // N if x.packed else x.T, 1) - 1).bit_length(),
-    )  # fmt: skip
+        direction, device.index, q.dtype, x.K, x.V, x.C, free_p, (x.B * x.HV - 1).bit_length(), (x.T - 1).bit_length()
+    )
     if _autotune and not tuned and not free_p:
         return _search(direction, x, q)
     return found
@@ -375,10 +374,8 @@ _searched: set[tuple[str, ...]] = set()
 
 def _search(direction: str, x: Any, q: Any) -> Config | None:
     """Tune a shape in a process of its own, once, and look again: a fault of a candidate ends it and not the caller."""
-    N = x.N or 1
-    length = max(x.T // N if x.packed else x.T, 1)
     options = {
-        "batch": N, "heads": x.H, "value-heads": x.HV, "seq-len": length, "head-dim": x.K, "v-head-dim": x.V,
+        "batch": x.B, "heads": x.H, "value-heads": x.HV, "seq-len": x.T, "head-dim": x.K, "v-head-dim": x.V,
         "chunk-size": x.C, "budget": "5m", "dtype": str(q.dtype).removeprefix("torch."), "device": str(q.device),
     }  # fmt: skip
     arguments = tuple(f"--{name}={value}" for name, value in options.items())
@@ -393,6 +390,4 @@ def _search(direction: str, x: Any, q: Any) -> Config | None:
             reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
             log.warning("tuning failed (%s): the table of config.py is used", reason)
         forget()
-    return _find(
-        direction, q.device.index, q.dtype, x.K, x.V, x.C, False, bucket(N * x.HV), bucket(length)
-    )[0]  # fmt: skip
+    return _find(direction, q.device.index, q.dtype, x.K, x.V, x.C, False, bucket(x.B * x.HV), bucket(x.T))[0]

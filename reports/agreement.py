@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mdnbench.bench.metrics import latency_ms, reported_interval, sm_clock_mhz
+from mdnbench.bench.metrics import latency_ms, reported_interval, sampled_interval, sm_clock_mhz
 from mdnbench.bench.quality import notes
 from mdnbench.bench.results import Record
 
@@ -24,7 +24,8 @@ class Pair:
         first, second: its rows, both with a time.
         difference: second / first - 1, of the medians.
         agrees: whether the difference is within the limit.
-        covered: whether the second median lies in the first one's interval; None where there is no interval.
+        covered: whether the second median lies in the first one's interval as reported; None where there is none.
+        sampled: the same of the interval of the samples, without the least width of what is reported.
     """
 
     first: Record
@@ -32,6 +33,7 @@ class Pair:
     difference: float
     agrees: bool
     covered: bool | None
+    sampled: bool | None
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,11 @@ def agreement(first: Sequence[Record], second: Sequence[Record], limit: float = 
         before, after = times[0][point], times[1][point]
         middle = latency_ms(after)
         difference = middle / latency_ms(before) - 1
-        interval = reported_interval(before.samples_ms)
-        covered = None if interval is None else interval[0] <= middle <= interval[1]
-        pairs.append(Pair(before, after, difference, abs(difference) <= limit, covered))
+        covered, sampled = (
+            None if interval is None else interval[0] <= middle <= interval[1]
+            for interval in (reported_interval(before.samples_ms), sampled_interval(before.samples_ms))
+        )
+        pairs.append(Pair(before, after, difference, abs(difference) <= limit, covered, sampled))
     return Agreement(limit, pairs, len(times[0].keys() ^ times[1].keys()))
 
 
@@ -74,9 +78,11 @@ def lines(found: Agreement) -> list[str]:
     texts = []
     for regime in regimes:
         points, agree, covered = found.count(regime)
+        sampled = sum(pair.sampled is True for pair in found.pairs if pair.first.point.regime == regime)
         texts.append(
             f"{regime}: of {points} points, {agree} medians ({agree / points:.1%}) agree within "
-            f"{100 * found.limit:g} %, and {covered} second medians ({covered / points:.1%}) lie in the first interval"
+            f"{100 * found.limit:g} %; {covered} second medians ({covered / points:.1%}) lie in the first interval, "
+            f"{sampled} ({sampled / points:.1%}) in that of its samples alone"
         )
     return texts + ([f"{found.alone} points have a time in one of the runs alone"] if found.alone else [])
 
@@ -113,7 +119,13 @@ def to_json(found: Agreement) -> dict[str, Any]:
         "limit": found.limit,
         "alone": found.alone,
         "pairs": [
-            {"point": it.first.point.key, "difference": it.difference, "agrees": it.agrees, "covered": it.covered}
+            {
+                "point": it.first.point.key,
+                "difference": it.difference,
+                "agrees": it.agrees,
+                "covered": it.covered,
+                "sampled": it.sampled,
+            }
             for it in found.pairs
         ],
     }

@@ -216,7 +216,7 @@ def _draw_panel(
 
 
 def _draw_intervals(axes: Axes, rows: Sequence[Row], colour: str) -> None:
-    """Upright bars: the 95 % confidence interval of the median time, turned into throughput."""
+    """Upright bars: the reported interval of the median time, turned into throughput."""
     known = [row for row in rows if row["latency_low_ms"] and row["latency_high_ms"]]
     tokens = [row["tokens_per_s"] * row["latency_ms"] for row in known]
     low = [number / row["latency_high_ms"] for number, row in zip(tokens, known)]
@@ -299,7 +299,7 @@ def _footer(runs: Sequence[Run], rows: Sequence[Row], quantity: Quantity, fastes
     if fastest and len({row["chunk_size"] for row in rows} - {None}) > 1:
         notes.append("Each provider at its fastest chunk size for that length.")
     if quantity.metric == "tokens_per_s":
-        notes.append("Upright bars: 95 % confidence interval of the median.")
+        notes.append("Upright bars: 95 % confidence interval of the median (± 0.5 % at least).")
     if any(row["slowed_by"] for row in rows):
         notes.append("Open markers: the GPU was held back (power, heat).")
     missing = sum(record.status != "ok" for run in runs for record in run.records)

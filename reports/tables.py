@@ -236,8 +236,8 @@ def _text(row: Row, name: str) -> str:
 
 
 def _best(rows: Sequence[Row]) -> set[tuple[int, str]]:
-    """(row index, value) pairs that are the best of their problem; times whose intervals overlap the best one's, and
-    values that read the same, tie with it. Where all tie there is no best."""
+    """(row index, value) pairs that are the best of their problem; times whose intervals overlap the best one's (at
+    least those within 1 %), and values that read the same, tie with it. Where all tie there is no best."""
     problems: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         problems[tuple(_key(row, key) for key in _KEYS if key not in _CHOICES)].append(index)

@@ -25,6 +25,16 @@ def tensor_of(mebibytes: int) -> torch.Tensor:
     return torch.empty(mebibytes * MIB // 4)
 
 
+def test_a_device_has_its_number_and_becomes_the_current_one(monkeypatch) -> None:
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert measure.use_device("cpu") == CPU
+    assert current == []
+    assert measure.use_device("cuda") == torch.device("cuda", 0)
+    assert measure.use_device("cuda:1") == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
 # Timing
 
 

@@ -15,6 +15,7 @@ from mdnbench.bench.metrics import (
     median,
     median_interval,
     percent_of_roofline,
+    reported_interval,
     sampled_interval,
 )
 from mdnbench.bench.results import Point, Record
@@ -169,3 +170,11 @@ def test_a_record_that_is_not_ok_has_no_speed_and_an_error_of_nan_is_absent() ->
     assert METRICS["tokens_per_s"].function(record) is None
     assert METRICS["max_relative_error"].function(record) is None
     assert METRICS["max_relative_error"].function(RECORD) is None
+
+
+def test_no_interval_is_reported_narrower_than_processes_differ() -> None:
+    assert reported_interval([1.0] * 20) == pytest.approx((0.995, 1.005))
+    wide = [0.9 + 0.01 * i for i in range(20)]
+    assert reported_interval(wide) == sampled_interval(wide)
+    assert reported_interval([1.0] * 15 + [2.0] * 15) == (1.0, 2.0)
+    assert reported_interval([1.0] * 5) is None

@@ -21,6 +21,7 @@ from kernel_cases import (
     poisoned,
 )
 
+from mdnbench.kernels import backward, forward
 from mdnbench.kernels.chunk import chunk_triton
 from mdnbench.kernels.launch import Launch
 from mdnbench.kernels.reference import recurrent_mdn
@@ -153,6 +154,42 @@ def test_nothing_wanted_is_nothing_kept(launched, make_inputs):
     assert not o.requires_grad
     assert not state.requires_grad
     assert launched == FORWARD_KERNELS
+
+
+NO_STATES = {"output_final_state": False}
+BOTH, NEITHER = ["forward", "backward"], []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "left_out", "options", "wanted", "expected"),
+    [
+        ({}, ("p", "initial_state"), NO_STATES, None, BOTH),
+        ({}, ("initial_state",), NO_STATES, None, BOTH),
+        ({"N": 2}, ("p", "initial_state"), {**NO_STATES, "cu_seqlens": [0, 9, 20]}, None, NEITHER),
+        ({"HV": 2}, ("p", "initial_state"), NO_STATES, None, NEITHER),
+        ({}, ("p", "initial_state", "beta"), NO_STATES, None, NEITHER),
+        ({}, ("p", "initial_state", "eta"), NO_STATES, None, NEITHER),
+        ({}, ("p",), NO_STATES, None, NEITHER),
+        ({}, ("p", "initial_state"), {**NO_STATES, "use_qk_l2norm_in_kernel": False}, None, NEITHER),
+        ({}, ("p", "initial_state"), {**NO_STATES, "use_p_times_alpha": False}, None, NEITHER),
+        ({}, ("p", "initial_state"), {"output_final_state": True}, None, ["backward"]),
+        ({}, ("p", "initial_state"), {**NO_STATES, "save_memory": True}, None, NEITHER),
+        ({}, ("p", "initial_state"), NO_STATES, ["q", "k", "v"], ["forward"]),
+    ],
+)
+def test_stored_configurations_serve_the_calls_that_they_were_checked_in(
+    sizes, left_out, options, wanted, expected, make_inputs, evaluate, monkeypatch
+):
+    asked = []
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "tuned_config", lambda direction, *arguments: asked.append(direction))
+    inputs = inputs_of(make_inputs, "layer", torch.float32, {**SMALL, "T": 20, **sizes}, left_out)
+    evaluate(through_kernels, inputs, arriving=("o",), wanted=wanted, **options_of(options))
+    assert asked == expected
+    asked.clear()
+    with torch.no_grad():
+        through_kernels(**inputs, **options_of(options))
+    assert asked == []
 
 
 @pytest.mark.parametrize(("HV", "parts"), [(1, 1), (2, 2), (3, 2)])

@@ -51,6 +51,7 @@ class FakeDriver:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(module, "driver", FakeDriver)
+    monkeypatch.setattr(module, "_codes", {})
     return FakeKernel()
 
 
@@ -101,6 +102,36 @@ def test_other_code(change, kernel):
     assert grid == (5, 2)
     assert all(got is given for got, given in zip(arguments, (*changed, 0.5, 6), strict=True))
     assert options == {**CONSTANTS, "num_warps": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "codes"),
+    [
+        ({"grid": (7,)}, 1),
+        ({"numbers": (2.0, 7)}, 1),
+        ({"numbers": (0.5, 2**31 - 1)}, 1),
+        ({"numbers": (0.5, 16)}, 2),
+        ({"numbers": (0.5, 1)}, 2),
+        ({"numbers": (0.5, 2**31 + 2)}, 2),
+        ({"numbers": (5, 6)}, 2),
+        ({"constants": {**CONSTANTS, "BLOCK": 32}}, 2),
+        ({"constants": {**CONSTANTS, "FLAG": False}}, 2),
+        ({"constants": {**CONSTANTS, "DTYPE": tl.float32}}, 2),
+        ({"constants": {"FLAG": 16, "BLOCK": True, "DTYPE": tl.float16}}, 2),
+        ({"options": {"num_warps": 8}}, 2),
+        ({"options": {"num_warps": 4, "num_stages": 2}}, 2),
+        ({"options": {"num_stages": 4}}, 2),
+    ],
+)
+def test_launches_of_other_shapes_share_code(changes, codes, kernel):
+    """That of a kernel, compiled for kinds of numbers and for constants."""
+    base = {"grid": (5, 2), "numbers": (0.5, 6), "constants": CONSTANTS, "options": {"num_warps": 4}}
+    for it in (base, {**base, **changes}) * 2:
+        Launch(kernel, it["grid"], it["numbers"], it["constants"], **it["options"])(*BASE)
+    assert len(kernel.codes) == codes
+    other = FakeKernel()
+    launch_of(other)(*BASE)
+    assert (len(kernel.codes), len(other.codes)) == (codes, 1)
 
 
 def test_what_triton_does_not_compile(kernel, monkeypatch):

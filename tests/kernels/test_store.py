@@ -34,10 +34,10 @@ def folders(tmp_path, monkeypatch):
     store.forget()
 
 
-def call(B=4, T=4096, H=16, K=128, V=128, dtype=torch.bfloat16, sequences=None, direction="forward", device="cuda:0"):
+def call(B=4, T=4096, H=16, K=128, V=128, dtype=torch.bfloat16, direction="forward", device="cuda:0"):
     """What a call of the operator on a GPU asks for, without one."""
     q = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    x = problem_of(torch.Size((B, T, H, K)), torch.Size((B, T, H, V)), dtype, sequences, None, 64, True)
+    x = problem_of(torch.Size((B, T, H, K)), torch.Size((B, T, H, V)), dtype, None, None, 64, True)
     return store.tuned_config(direction, x, q, False)
 
 
@@ -60,7 +60,6 @@ def test_a_call_gets_the_entry_for_its_shape():
     store.write(store.user_folder(), GPU, [TUNED])
     assert call() == KernelConfig(**CONFIG)
     assert call(B=2, H=20) == KernelConfig(**CONFIG)  # 40 heads: of the same power of two
-    assert call(B=1, T=4 * 4096, sequences=4) == KernelConfig(**CONFIG)  # packed: 4096 tokens a sequence
     assert call(direction="backward") is None
     assert call(V=64) is None
     assert call(dtype=torch.float16) is None
@@ -90,6 +89,21 @@ def test_what_is_far_away_leaves_the_choice_to_the_table(caplog):
     with caplog.at_level(logging.WARNING, "mdnbench"):
         assert call() is None
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "serves"),
+    [
+        ({"heads_bucket": KEY.heads_bucket - 1}, True),
+        ({"heads_bucket": KEY.heads_bucket - 1, "length_bucket": KEY.length_bucket + 1}, True),
+        ({"length_bucket": KEY.length_bucket - 3}, True),
+        ({"heads_bucket": KEY.heads_bucket - 2}, False),  # a quarter of the heads: other tiles fill the GPU
+        ({"length_bucket": KEY.length_bucket - 4}, False),
+    ],
+)
+def test_how_far_an_entry_serves(changes, serves):
+    store.write(store.user_folder(), GPU, [replace(TUNED, key=KEY._replace(**changes))])
+    assert (call() is not None) == serves
 
 
 def test_unknown_versions_match_nothing():
@@ -242,6 +256,27 @@ def test_with_a_free_p_the_gradients_have_one_width():
     base = table_config("backward", shape)
     widths = {it.gradients_block_k for it in search_space("backward", "gradients", shape, base)}
     assert widths == {128}
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize(("direction", "kernel"), [(it, kernel) for it in SPACE for kernel in SPACE[it]])
+def test_every_kernel_has_candidates(direction, kernel, element_bytes):
+    shape = Shape(
+        128, 128, 64 if direction == "forward" or element_bytes == 2 else 32, element_bytes, 64, False, 232448, 132
+    )
+    assert len(list(search_space(direction, kernel, shape, table_config(direction, shape)))) > 2
+
+
+@pytest.mark.parametrize(("K", "V", "widest"), [(32, 128, 32), (16, 64, 16), (64, 128, 64)])
+def test_tiles_that_are_miscompiled_are_no_candidates(K, V, widest):
+    shape = Shape(K, V, 64, 2, 64, False, 232448, 132)
+    base = table_config("backward", shape)
+    assert (base.matrices_block_v, base.gradients_block_v) == (widest, widest)
+    for kernel in ("matrices", "gradients"):
+        assert all(
+            max(it.matrices_block_v, it.gradients_block_v) <= widest
+            for it in search_space("backward", kernel, shape, base)
+        )
 
 
 def test_every_field_of_a_configuration_is_searched():

@@ -41,8 +41,16 @@ def test_counts(runs) -> None:
     assert 20 <= covered <= 21  # 0.9 % may be in the interval of the second point
     assert found.count("graph") == (0, 0, 0)
     first, second = lines(found)
-    assert first.startswith("eager: of 23 points, 21 medians (91.3%) agree within 1 %, and ")
+    assert first.startswith("eager: of 23 points, 21 medians (91.3%) agree within 1 %; ")
+    assert first.endswith(" in that of its samples alone")
     assert second == "1 points have a time in one of the runs alone"
+
+
+def test_what_processes_differ_by_is_in_the_interval_and_not_in_that_of_the_samples(runs) -> None:
+    first = replace(runs[0][0], samples_ms=(1.0,) * 20)
+    second = replace(first, samples_ms=(1.004,) * 20)
+    (pair,) = agreement([first], [second]).pairs
+    assert (pair.agrees, pair.covered, pair.sampled) == (True, True, False)
 
 
 def test_misses_come_with_their_flags_the_furthest_first(runs) -> None:
