@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,8 @@ class BadInput(UsageError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 2, with one line on standard error, for bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # CUDA would number GPUs by speed; so "cuda:1" is what nvidia-smi and NVML call 1.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     try:
         return app(args=arguments or ["--help"], prog_name="mdnbench", standalone_mode=False) or 0
     except BadInput as fault:

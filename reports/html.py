@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from mdnbench.bench.metrics import METRICS, median, tolerance
+from mdnbench.bench.metrics import METRICS, matrix_peak, median, tolerance
 from mdnbench.bench.quality import notes as quality_notes
 from mdnbench.bench.results import GpuReading, Record
 
@@ -184,6 +184,7 @@ def _run(run: Run, rows: Sequence[tables.Row]) -> dict[str, Any]:
         "throttled": sum(bool(row["slowed_by"]) for row in mine),
         "environment": facts,
         "peaks": run.environment.get("peaks"),
+        "ceilings": {row["dtype"]: matrix_peak(run.environment.get("peaks"), row["dtype"]) for row in mine},
     }
 
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mdnbench.bench.metrics import matrix_peak
 from mdnbench.bench.results import MODES
 
 from . import style
@@ -57,7 +58,7 @@ def draw(runs: Sequence[Run], bare: bool = False) -> Figure | None:
         note = f"A point a row, larger for longer sequences. {places}"
         figure.text(0.1 / width, 0.08 / height, note, va="bottom", size=7, color="#444444")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    tops = [peaks[row["run"]]["matmul_flops_per_s"][row["dtype"]] / 1e12 for row in rows]
+    tops = [matrix_peak(peaks[row["run"]], row["dtype"]) / 1e12 for row in rows]
     bottom, top, ticks = log_scale(min(row["tflops"] for row in rows), max(tops) * 1.3, 10)
     for axes, (mode, dtype) in zip(grid, sorted(panels)):
         _draw_panel(axes, panels[mode, dtype], peaks, dtype, looks)
@@ -92,7 +93,7 @@ def _draw_panel(
     axes.set_yscale("log")
     low, high = (pick(row["arithmetic_intensity"] for row in rows) for pick in (min, max))
     for name in dict.fromkeys(row["run"] for row in rows):
-        top, band = peaks[name]["matmul_flops_per_s"][dtype], peaks[name]["copy_bytes_per_s"]
+        top, band = matrix_peak(peaks[name], dtype), peaks[name]["copy_bytes_per_s"]
         ridge = top / band
         low, high = min(low, ridge) / 1.3, max(high, ridge) * 1.3
         at = [low, ridge, high]

@@ -5,7 +5,7 @@ function buildRoofline(section) {
     section.append(el("p", { class: "soft" }, "No row has a count of floating-point operations."));
     return;
   }
-  const peaks = Object.fromEntries(DATA.runs.map((run) => [run.name, run.peaks]));
+  const runs = Object.fromEntries(DATA.runs.map((run) => [run.name, run]));
   if (!DATA.runs.every((run) => run.peaks))
     section.append(el("p", { class: "soft" },
       "There are no ceilings for ", DATA.runs.filter((run) => !run.peaks).map((run) => run.name).join(", "),
@@ -28,7 +28,7 @@ function buildRoofline(section) {
     }
     const dtype = shown[0].dtype;
     const ceilings = unique(shown.map((row) => row.run))
-      .map((run) => ({ run, top: peaks[run]?.matmul_flops_per_s?.[dtype], band: peaks[run]?.copy_bytes_per_s }))
+      .map((run) => ({ run, top: runs[run].ceilings[dtype], band: runs[run].peaks?.copy_bytes_per_s }))
       .filter(({ top, band }) => top && band);
     const ridges = ceilings.map(({ top, band }) => top / band);
     const x = axisScale([...shown.map((row) => row.arithmetic_intensity), ...ridges], LEFT, WIDTH - RIGHT, true);

@@ -146,6 +146,15 @@ def test_a_gpu_preset_is_planned_without_a_gpu_and_not_run(capsys: pytest.Captur
     assert list(tmp_path.iterdir()) == []
 
 
+def test_gpus_are_numbered_as_nvml_numbers_them_unless_the_user_says_otherwise(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert main(["--version"]) == 0
+    assert os.environ["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    assert main(["--version"]) == 0
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"mdnbench {metadata.version('mdnbench')}\n"

@@ -105,6 +105,8 @@ def test_rates_and_the_roofline_follow_from_the_counts_of_a_row() -> None:
     assert percent_of_roofline(record, peaks) == pytest.approx(50)  # the matrix rate is the lower of the ceilings
     slow_memory = peaks | {"copy_bytes_per_s": 1.25e9}  # 5 TFLOP/s at 4000 FLOP a byte
     assert percent_of_roofline(record, slow_memory) == pytest.approx(80)
+    tensor_cores = {"copy_bytes_per_s": 1e12, "matmul_flops_per_s": {"float32": 8e12, "tf32": 48e12}}
+    assert percent_of_roofline(record, tensor_cores) == pytest.approx(25)  # three TF32 products make one of float32
     assert percent_of_roofline(record, None) is None
     assert percent_of_roofline(record, {"copy_bytes_per_s": 1e12, "matmul_flops_per_s": {"bfloat16": 8e12}}) is None
     assert percent_of_roofline(replace(record, flops=None), peaks) is None
