@@ -44,13 +44,19 @@ class Runner:
         self._worker: TuneWorker | None = None
         self._spare: TuneWorker | None = None
 
-    def ask(self, request: Request, limit_s: float) -> Any:
-        """See `TuneWorker.ask`."""
-        tunable = request.tunable
+    def start(self, tunable: Tunable) -> None:
+        """Start the process, without waiting for it, unless there is one: it is up when something is compiled."""
         if self._worker is None or not self._worker.alive:
             spare = self._spare if self._spare is not None and self._spare.running() else None
             self._worker = spare or TuneWorker(tunable, self._log_path, tunable.run_variables)
-            self._spare = TuneWorker(tunable, self._log_path, tunable.run_variables) if self._spares else None
+            self._spare = None
+
+    def ask(self, request: Request, limit_s: float) -> Any:
+        """See `TuneWorker.ask`."""
+        tunable = request.tunable
+        self.start(tunable)
+        if self._spares and self._spare is None:
+            self._spare = TuneWorker(tunable, self._log_path, tunable.run_variables)
         return self._worker.ask(request, limit_s)
 
     def stop(self) -> None:
@@ -133,6 +139,8 @@ class Search:
                 return
             self._judge(trial, [])
             self._tell(1)
+        if todo:
+            self._runner.start(self.tunables[todo[0].tunable])
         waiting: list[tuple[Trial, Any]] = []
         with contextlib.closing(self._compiled(todo)) as compiled:
             for trial, outcome in compiled:
