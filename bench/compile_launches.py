@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,17 @@ POINTERS = {
 
 
 @contextmanager
+def launching(call: Callable[..., None]) -> Iterator[None]:
+    """Meanwhile `call(launch, *tensors)` is what a launch does."""
+    before = Launch.__call__
+    Launch.__call__ = call
+    try:
+        yield
+    finally:
+        Launch.__call__ = before
+
+
+@contextmanager
 def recorded() -> Iterator[list[Recorded]]:
     """The launches that the operators make meanwhile, which then run nothing."""
     launches: list[Recorded] = []
@@ -52,12 +63,8 @@ def recorded() -> Iterator[list[Recorded]]:
     def record(launch: Launch, *tensors: torch.Tensor | None) -> None:
         launches.append((launch.kernel, (*tensors, *launch.numbers), {**launch.constants, **launch.options}))
 
-    call = Launch.__call__
-    Launch.__call__ = record
-    try:
+    with launching(record):
         yield launches
-    finally:
-        Launch.__call__ = call
 
 
 def launches_of(

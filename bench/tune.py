@@ -25,7 +25,7 @@ from mdnbench.kernels import backward, forward, store
 from mdnbench.kernels.launch import Launch
 from mdnbench.kernels.space import CONFIGS, SPACE, Shape, search_space, table_config
 
-from .compile_launches import recorded
+from .compile_launches import launching, recorded
 from .measure import open_graph
 from .tune_check import first_fault
 from .tune_compile import compile_launch
@@ -204,11 +204,8 @@ def _noted() -> Iterator[list[tuple[Launch, tuple[Tensor | None, ...]]]]:
         launches.append((launch, tensors))
         call(launch, *tensors)
 
-    Launch.__call__ = run_and_note
-    try:
+    with launching(run_and_note):
         yield launches
-    finally:
-        Launch.__call__ = call
 
 
 def _repeat(launches: Sequence[tuple[Launch, tuple[Tensor | None, ...]]]) -> None:

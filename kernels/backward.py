@@ -74,11 +74,11 @@ def chunk_backward(
     packed_sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
     x = problem_of(q.shape, v.shape, q.dtype, packed_sequences, scale, chunk_size, use_qk_l2norm_in_kernel)
     shape = (x.K, x.V, x.C, q.element_size(), x.N * x.HV, p is not None, *limits_of(q.device))
-    states = (initial_state, dfinal_state)
-    in_layer = is_layer_call(x, use_qk_l2norm_in_kernel, use_p_times_alpha, beta, eta, *states)
-    of_all = wanted[:8] == [True] * 5 + [p is not None, True, True] and errors is not None
-    if config is None and in_layer and of_all:
-        config = tuned_config("backward", x, q, p is not None)
+    if config is None:
+        has_states = initial_state is not None or dfinal_state is not None
+        in_layer = is_layer_call(x, use_qk_l2norm_in_kernel, use_p_times_alpha, beta, eta, has_states)
+        of_all = wanted[:8] == [True] * 5 + [p is not None, True, True] and errors is not None
+        config = tuned_config("backward", x, q, p is not None) if in_layer and of_all else None
     config = config or choose_backward_config(*shape)
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, do, dfinal_state = contiguous(
         q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, do, dfinal_state
@@ -89,7 +89,6 @@ def chunk_backward(
     halves = errors is None and want_chunks and x.HV > 1
     launches = _launches(x, config, halves, want_gates, use_p_times_alpha, use_qk_l2norm_in_kernel)
     heads = launches.groups[0].heads
-    key_tiles = -(-x.K // config.gradients_block_k)
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=q.device)
@@ -101,7 +100,7 @@ def chunk_backward(
         states, dstates = (empty(x.slots, heads, 2, x.V, x.K, dtype=q.dtype) for _ in range(2))
         local = empty(x.slots, x.HV, N_LOCAL_ROWS.value, x.C)
     if want_gates:
-        dcoefficients = empty(x.slots, x.HV, key_tiles, N_D_ROWS.value, x.C)
+        dcoefficients = empty(x.slots, x.HV, launches.key_tiles, N_D_ROWS.value, x.C)
     with on_device_of(q):
         if errors is None and want_chunks:
             errors = torch.empty_like(v)
@@ -157,6 +156,7 @@ class _Launches(NamedTuple):
     attention: Launch
     groups: tuple[_Group, ...]
     gates: Launch
+    key_tiles: int  # programs of `gradients` a chunk and head
 
 
 @functools.lru_cache(maxsize=1024)
@@ -213,7 +213,7 @@ def _launches(
         num_warps=2,
     )  # fmt: skip
     attention = prepare_launch(x, use_p_times_alpha, l2norm, num_warps=config.attention_warps)
-    return _Launches(attention, tuple(groups), gates)
+    return _Launches(attention, tuple(groups), gates, key_tiles)
 
 
 def _options(config: BackwardConfig, kernel: str) -> dict[str, int]:

@@ -64,8 +64,8 @@ def chunk_forward(
     packed_sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
     x = problem_of(q.shape, v.shape, q.dtype, packed_sequences, scale, chunk_size, use_qk_l2norm_in_kernel)
     if config is None:
-        states = (initial_state, True if output_final_state else None)
-        in_layer = is_layer_call(x, use_qk_l2norm_in_kernel, use_p_times_alpha, beta, eta, *states)
+        has_states = initial_state is not None or output_final_state
+        in_layer = is_layer_call(x, use_qk_l2norm_in_kernel, use_p_times_alpha, beta, eta, has_states)
         config = forward_config(x, q, p is not None, in_layer and keep_errors)
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens = contiguous(
         q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens

@@ -69,13 +69,17 @@ def problem_of(
 
 def is_layer_call(
     x: Problem, use_qk_l2norm_in_kernel: bool, use_p_times_alpha: bool, beta: Tensor | None, eta: Tensor | None,
-    *states: Tensor | None,
+    has_states: bool,
 ) -> bool:  # fmt: skip
     """Whether a call is as a layer makes it in training. Stored configurations were checked in such calls, and serve
-    no others: the code compiled for these is another."""
+    no others: the code compiled for these is another.
+
+    Args:
+        has_states: whether there is an initial state, or a final one, or its gradient.
+    """
     return (
         use_qk_l2norm_in_kernel and use_p_times_alpha and not x.packed and x.H == x.HV
-        and beta is not None and eta is not None and all(state is None for state in states)
+        and beta is not None and eta is not None and not has_states
     )  # fmt: skip
 
 

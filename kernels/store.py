@@ -117,11 +117,11 @@ def tuned_config(direction: str, x: Any, q: Any, free_p: bool) -> Config | None:
     device = q.device
     if device.type != "cuda":
         return None
-    found, tuned = _find(
-        direction, device.index, q.dtype, x.K, x.V, x.C, free_p, (x.B * x.HV - 1).bit_length(), (x.T - 1).bit_length()
-    )
+    key = (direction, device.index, q.dtype, x.K, x.V, x.C, free_p, bucket(x.B * x.HV), bucket(x.T))
+    found, tuned = _find(*key)
     if _autotune and not tuned and not free_p:
-        return _search(direction, x, q)
+        _search(x, q)
+        found, _ = _find(*key)
     return found
 
 
@@ -372,8 +372,8 @@ def code_of(source: str) -> str:
 _searched: set[tuple[str, ...]] = set()
 
 
-def _search(direction: str, x: Any, q: Any) -> Config | None:
-    """Tune a shape in a process of its own, once, and look again: a fault of a candidate ends it and not the caller."""
+def _search(x: Any, q: Any) -> None:
+    """Tune a shape in a process of its own, once: a fault of a candidate ends it and not the caller."""
     options = {
         "batch": x.B, "heads": x.H, "value-heads": x.HV, "seq-len": x.T, "head-dim": x.K, "v-head-dim": x.V,
         "chunk-size": x.C, "budget": "5m", "dtype": str(q.dtype).removeprefix("torch."), "device": str(q.device),
@@ -383,11 +383,12 @@ def _search(direction: str, x: Any, q: Any) -> Config | None:
         _searched.add(arguments)
         log.warning("%s=1: mdnbench tune %s", AUTOTUNE, " ".join(arguments))
         command = [sys.executable, "-c", "from mdnbench.bench.cli import main; raise SystemExit(main())", "tune"]
-        variables = {name: value for name, value in os.environ.items() if name != AUTOTUNE}
+        # The command numbers GPUs by bus unless told otherwise; here they have the numbers that CUDA gives them.
+        variables = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST", **os.environ}
+        variables.pop(AUTOTUNE, None)
         out = user_folder().with_name("searches") / f"{os.getpid()}-{len(_searched)}-{time.time_ns()}"
         run = subprocess.run([*command, *arguments, f"--out={out}"], capture_output=True, text=True, env=variables)
         if run.returncode:
             reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
             log.warning("tuning failed (%s): the table of config.py is used", reason)
         forget()
-    return _find(direction, q.device.index, q.dtype, x.K, x.V, x.C, False, bucket(x.B * x.HV), bucket(x.T))[0]

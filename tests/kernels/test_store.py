@@ -174,10 +174,12 @@ def test_a_call_searches_only_when_asked_to_and_once(monkeypatch):
     def run(command, **options):
         commands.append(command)
         assert store.AUTOTUNE not in options["env"]
+        assert options["env"]["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"  # as in this process, where nobody set it
         store.write(store.user_folder(), GPU, [TUNED])
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(store.subprocess, "run", run)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     assert call() is None
     assert commands == []
     monkeypatch.setattr(store, "_autotune", True)
