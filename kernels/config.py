@@ -194,9 +194,8 @@ def choose_backward_config(
     block_k, block_v = block_size(head_dim_k), block_size(head_dim_v)
     few = heads * -(-head_dim_v // 16) <= multiprocessors
     scan_v = min(16 if few else 32, block_v)
-    chunk_v = min(32 if element_bytes == 4 else 64, block_v)
     # Tiles with more columns of V than of K are miscompiled for sm_90: the matrices kernel then reads out of bounds.
-    chunk_v = min(chunk_v, block_k)
+    chunk_v = min(32 if element_bytes == 4 else 64, block_v, block_k)
     small_tiles = heads * -(-block_k // 64) * -(-head_dim_v // 32)  # of the states
     config = BackwardConfig(
         scan_block_v=scan_v,

@@ -113,6 +113,7 @@ def test_other_code(change, kernel):
         ({"numbers": (0.5, 16)}, 2),
         ({"numbers": (0.5, 1)}, 2),
         ({"numbers": (0.5, 2**31 + 2)}, 2),
+        ({"numbers": (0.5, -(2**31) - 2)}, 2),
         ({"numbers": (5, 6)}, 2),
         ({"constants": {**CONSTANTS, "BLOCK": 32}}, 2),
         ({"constants": {**CONSTANTS, "FLAG": False}}, 2),
