@@ -381,9 +381,11 @@ def known_gpus(device: str | None) -> list[store.Gpu]:
 
 def export(gpu: store.Gpu, workloads: Sequence[Workload], folder: Path | None = None) -> tuple[Path, int]:
     """Copy the user's entries for a GPU to a folder, None for the shipped ones, and add the choices of the table for
-    those of `workloads` that have none. Returns the file and how many of its entries are tuned."""
+    those of `workloads` that have none. What was tuned for kernels of another source is dropped, since it cannot be
+    used with these. Returns the file and how many of its entries are tuned."""
     folder = folder or store.SHIPPED_FOLDER
     path = store.file_of(store.user_folder(), gpu.name)
     tuned = store.read(path)[1] if path.exists() else []
-    path = store.write(folder, gpu, [*(it for workload in workloads for it in hand_chosen(workload, gpu)), *tuned])
+    chosen = [entry for workload in workloads for entry in hand_chosen(workload, gpu)]
+    path = store.write(folder, gpu, [*chosen, *tuned], kernels=store.source_hash())
     return path, sum(entry.source == store.TUNED for entry in store.read(path)[1])

@@ -91,7 +91,7 @@ def chunk_backward(
     heads = launches.groups[0].heads
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device=q.device)
+        return q.new_empty(sizes, dtype=dtype)
 
     dv = torch.empty_like(v)
     dinitial_state = empty(2, x.N, x.HV, x.K, x.V) if want_initial else None

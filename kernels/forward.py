@@ -70,16 +70,15 @@ def chunk_forward(
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens = contiguous(
         q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens
     )
-    dtype, device = q.dtype, q.device
-    o = torch.empty(v.shape, dtype=dtype, device=device)
-    inverse = torch.empty((x.slots, x.HV, x.C, x.C), dtype=dtype, device=device)
+    o = q.new_empty(v.shape)
+    inverse = q.new_empty((x.slots, x.HV, x.C, x.C))
     attention = torch.empty_like(inverse)
-    coefficients = torch.empty((x.slots, x.HV, N_ROWS.value, x.C), dtype=torch.float32, device=device)
+    coefficients = q.new_empty((x.slots, x.HV, N_ROWS.value, x.C), dtype=torch.float32)
     final_state = low = None
     if output_final_state:
-        final_state = torch.empty((2, x.N, x.HV, x.K, x.V), dtype=torch.float32, device=device)
-    if dtype == torch.float32:
-        low = torch.empty((x.slots, x.HV, 2, x.C), dtype=torch.float32, device=device)
+        final_state = q.new_empty((2, x.N, x.HV, x.K, x.V), dtype=torch.float32)
+    if q.dtype == torch.float32:
+        low = q.new_empty((x.slots, x.HV, 2, x.C))
     errors = torch.empty_like(o) if keep_errors else None
 
     gates, prepare = _before_scan(x, config, use_p_times_alpha, use_qk_l2norm_in_kernel)

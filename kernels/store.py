@@ -258,9 +258,12 @@ def _entry(fields: dict[str, Any], place: str) -> Entry:
     )  # fmt: skip
 
 
-def write(folder: Path, gpu: Gpu, entries: Sequence[Entry]) -> Path:
+def write(folder: Path, gpu: Gpu, entries: Sequence[Entry], kernels: str | None = None) -> Path:
     """Add entries to the file of a GPU in a folder; both are made when absent. One for the same key and versions is
     replaced, and a hand-chosen one by any for its key. Readers see the old file or the new one. Raises as `read`.
+
+    Args:
+        kernels: a source hash: what was tuned for other kernels is dropped. None keeps it.
 
     Returns:
         The file.
@@ -270,6 +273,8 @@ def write(folder: Path, gpu: Gpu, entries: Sequence[Entry]) -> Path:
     with _locked(path):
         before = read(path)[1] if path.exists() else []
         kept = {(entry.key, entry.versions): entry for entry in [*before, *entries]}
+        if kernels:
+            kept = {key: it for key, it in kept.items() if it.versions is None or it.versions.kernels == kernels}
         tuned = {entry.key for entry in kept.values() if entry.source == TUNED}
         lines = []
         for entry in sorted(kept.values(), key=lambda entry: (entry.key, entry.versions or ())):

@@ -192,8 +192,9 @@ def test_export_copies_what_was_tuned_and_fills_up_from_the_table(tmp_path: Path
     workload = cli_tune.shapes_of("paper-400m", {})[0]
     key = tune.key_of(workload, "forward")
     config = asdict(table_config("forward", tune.shape_of(workload, H200)))
-    entry = store.Entry(key, config, store.TUNED, store.Versions("k", "t", "p", "v"), 0.5, ())
-    store.write(store.user_folder(), H200, [entry])
+    entry = store.Entry(key, config, store.TUNED, store.Versions(store.source_hash(), "t", "p", "v"), 0.5, ())
+    of_other_kernels = replace(entry, versions=store.Versions("other", "t", "p", "v"))
+    store.write(store.user_folder(), H200, [entry, of_other_kernels])
     assert main(["tune", "--export", "--out", str(tmp_path / "out"), "--shapes", "paper-400m"]) == 0
     assert "1 tuned entries" in capsys.readouterr().out
     gpu, entries = store.read(store.file_of(tmp_path / "out", H200.name))
