@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mdnbench.bench.results import GpuReading
@@ -86,6 +87,31 @@ def test_the_roofline_has_a_panel_a_mode_and_the_measured_ceilings(make_run: Mak
     assert "Some CPU 9000" in texts(figure)
     names = [path.name for path in write_plots([run], tmp_path)]
     assert names[-2:] == ["roofline.png", "roofline.svg"]
+
+
+def test_labels_of_near_ceilings_do_not_overlap(make_run: MakeRun) -> None:
+    def with_peaks(name: str, flops_per_s: float, copied: float = 2e10) -> Run:
+        run = make_run(name, providers=("mdn-torch",), chunk_sizes=(64,), modes=("forward",))
+        counted = [replace(r, flops=10**7 * r.point.workload.seq_len, bytes=10**6) for r in run.records]
+        peaks = {"copy_bytes_per_s": copied, "matmul_flops_per_s": {"float32": flops_per_s}}
+        return replace(run, records=counted, environment=run.environment | {"peaks": peaks, "torch": name})
+
+    first, second, third = with_peaks("a", 1e12), with_peaks("b", 1.01e12), with_peaks("c", 1e11, copied=1e10)
+    figure = roofline.draw([first, second, third, with_peaks("d", 1.01e12)])
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in axes.texts]
+    assert labels == [
+        "b, d: 1.01 TFLOP/s, 20.0GB/s copied\na: 1 TFLOP/s, 20.0GB/s copied",
+        "c: 0.1 TFLOP/s, 10.0GB/s copied",
+    ]
+    assert {line.get_xdata()[2] for line in axes.lines[-3:]} == {axes.texts[0].xy[0]}  # all end where labels do
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [text.get_window_extent() for text in (*axes.texts, axes.title)]
+    assert not any(a.overlaps(b) for index, a in enumerate(boxes) for b in boxes[:index])
+    footer = figure.texts[-1].get_window_extent()
+    assert footer.x1 <= figure.bbox.width
+    assert not footer.overlaps(axes.get_tightbbox())
 
 
 def test_points_of_a_throttled_gpu_are_open(make_run: MakeRun) -> None:
