@@ -24,6 +24,7 @@ from mdnbench.baselines.workload import BYTES_PER_ELEMENT, Workload
 from mdnbench.kernels import backward, forward, store
 from mdnbench.kernels.launch import Launch
 from mdnbench.kernels.space import CONFIGS, SPACE, Shape, search_space, table_config
+from mdnbench.kernels.versions import source_hash
 
 from .compile_launches import launching, recorded
 from .measure import open_graph
@@ -387,5 +388,5 @@ def export(gpu: store.Gpu, workloads: Sequence[Workload], folder: Path | None = 
     path = store.file_of(store.user_folder(), gpu.name)
     tuned = store.read(path)[1] if path.exists() else []
     chosen = [entry for workload in workloads for entry in hand_chosen(workload, gpu)]
-    path = store.write(folder, gpu, [*chosen, *tuned], kernels=store.source_hash())
+    path = store.write(folder, gpu, [*chosen, *tuned], kernels=source_hash())
     return path, sum(entry.source == store.TUNED for entry in store.read(path)[1])

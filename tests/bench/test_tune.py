@@ -17,6 +17,7 @@ from mdnbench.bench.tune_interface import Progress, Settings
 from mdnbench.bench.tune_log import LOG_FILE, Choice, Resources, TuneLog
 from mdnbench.kernels import store
 from mdnbench.kernels.space import SPACE, table_config
+from mdnbench.kernels.versions import source_hash
 
 GPU = store.Gpu("Triton's interpreter", "9.0", 232448, 132)
 H200 = store.Gpu("NVIDIA H200", "9.0", 232448, 132)
@@ -192,7 +193,7 @@ def test_export_copies_what_was_tuned_and_fills_up_from_the_table(tmp_path: Path
     workload = cli_tune.shapes_of("paper-400m", {})[0]
     key = tune.key_of(workload, "forward")
     config = asdict(table_config("forward", tune.shape_of(workload, H200)))
-    entry = store.Entry(key, config, store.TUNED, store.Versions(store.source_hash(), "t", "p", "v"), 0.5, ())
+    entry = store.Entry(key, config, store.TUNED, store.Versions(source_hash(), "t", "p", "v"), 0.5, ())
     of_other_kernels = replace(entry, versions=store.Versions("other", "t", "p", "v"))
     store.write(store.user_folder(), H200, [entry, of_other_kernels])
     assert main(["tune", "--export", "--out", str(tmp_path / "out"), "--shapes", "paper-400m"]) == 0

@@ -13,6 +13,7 @@ from mdnbench.kernels import store
 from mdnbench.kernels.config import BackwardConfig, KernelConfig
 from mdnbench.kernels.problem import problem_of
 from mdnbench.kernels.space import CONFIGS, SPACE, Shape, search_space, table_config, why_invalid
+from mdnbench.kernels.versions import code_of, source_hash
 
 GPU = store.Gpu("NVIDIA H200", "9.0", 232448, 132)
 VERSIONS = store.Versions("0123456789ab", "3.6.0", "12.8.93", "2.11")
@@ -196,10 +197,10 @@ def test_a_call_searches_only_when_asked_to_and_once(monkeypatch):
 
 def test_the_hash_of_the_sources_is_of_what_runs():
     source = 'def f(x):\n    """Doubles."""\n    return 2 * x  # twice\n'
-    assert store.code_of(source) == store.code_of("def f( x ):\n\n    return 2*x\n")
-    assert store.code_of(source) != store.code_of(source.replace("2 *", "3 *"))
-    assert store.code_of("x = 'a'\n") != store.code_of("x = 'b'\n")  # a string that is no docstring counts
-    assert len(store.source_hash()) == 12
+    assert code_of(source) == code_of("def f( x ):\n\n    return 2*x\n")
+    assert code_of(source) != code_of(source.replace("2 *", "3 *"))
+    assert code_of("x = 'a'\n") != code_of("x = 'b'\n")  # a string that is no docstring counts
+    assert len(source_hash()) == 12
 
 
 def test_installed_versions_are_found(monkeypatch):
