@@ -11,13 +11,16 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from . import worker_process
-from .requests import TIMED_CALLS, Block, Check, Failure, Phase, PointFailed, Prepare, Prepared
+from .requests import TIMED_CALLS, Block, Check, Failure, Phase, PointFailed, Prepare, Prepared, Trace
 from .results import Point
+
+if TYPE_CHECKING:
+    from .profiling import Profile
 
 POLL_S = 0.03
 START_LIMIT_S = 180.0
@@ -93,6 +96,10 @@ class Worker:
         `watch` is called again and again, in this process, while samples are taken.
         """
         return self._ask(request, limit_s, "one block of samples", watch)
+
+    def trace(self, request: Trace, limit_s: float) -> Profile:
+        """Record calls of a point. Raises as `prepare`."""
+        return self._ask(request, limit_s, "the recording")
 
     def stop(self) -> None:
         """End the process at once."""
