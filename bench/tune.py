@@ -38,7 +38,6 @@ DIRECTIONS = tuple(SPACE)
 CHECKED_CHUNKS = 3  # and one token of a fourth, which is then not full
 CHECKED_BATCH = 2
 RUNNER_UPS_KEPT = 3
-INCUMBENT = "the incumbent"  # what `words` says of a choice that changes nothing
 _TIMED_SEED = 0
 # The kernel that the fields with a prefix configure.
 _KERNELS = {"forward": {"prepare": "prepare_fwd_kernel", "scan": "scan_fwd_kernel"}}
@@ -305,7 +304,8 @@ def tune(
         profiles: as in `kernels_of`.
 
     Returns:
-        A choice a direction, its tunable named "forward all ..." or "backward all ...".
+        A choice a direction, its tunable named "forward all ..." or "backward all ...". None for a direction in which
+        nothing is right, nor where the time was over before there was anything to compare with the incumbent.
     """
     incumbents = log.incumbents(workload.label(), {it: in_use(workload, it, gpu)[0] for it in DIRECTIONS})
     with tempfile.TemporaryDirectory(prefix="mdnbench-truth-") as folder:
@@ -315,6 +315,7 @@ def tune(
         settings = replace(settings, seconds=None)  # a few candidates, already compiled: seconds
         try:
             wholes = together(kernels, Search(kernels, log, alone, watch, runner).run())
+            wholes = [it for it in wholes if it.others or not unfinished(log, workload, it.direction)]
             found = {choice.tunable: choice for choice in Search(wholes, log, settings, watch, runner).run()}
         finally:
             runner.stop()
@@ -336,12 +337,10 @@ def open_log(folder: Path, gpu: store.Gpu, resume: bool) -> TuneLog:
     return TuneLog(folder, {"operator": OPERATOR.name, "gpu": gpu._asdict(), "versions": versions}, resume)
 
 
-def words(choice: Choice, log: TuneLog) -> str:
-    """What a choice of `tune` or `verify` changes: fields with their values, and those of the incumbent."""
-    direction, _, label = choice.tunable.split(" ", 2)
-    before = log.incumbents(label, {})[direction]
-    changed = {name: value for name, value in choice.candidate.items() if value != before.get(name)}
-    return " ".join(f"{name}={value} (was {before.get(name)})" for name, value in changed.items()) or INCUMBENT
+def unfinished(log: TuneLog, workload: Workload, direction: str) -> bool:
+    """Whether the time was over before all candidates of the kernels of a direction were tried."""
+    names = [f"{direction} {kernel} {workload.label()}" for kernel in SPACE[direction]]
+    return any(it.tunable in names and it.stage != "done" for it in log.trials.values())
 
 
 def verify(
