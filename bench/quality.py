@@ -45,7 +45,7 @@ def notes(record: Record) -> list[Note]:
 
 
 def clock_drift(records: Sequence[Record]) -> str | None:
-    """A sentence, with its remedy, when the SM clocks of points that are compared differ by more than 3 %; else None.
+    """A sentence, with its remedy, when the lowest SM clocks of points that are compared differ by over 3 %; else None.
 
     A comparison is the points of one workload, mode and regime, which are measured in alternation.
     """
@@ -65,7 +65,7 @@ def clock_drift(records: Sequence[Record]) -> str | None:
     (low, slowest), (high, fastest) = min(groups[group]), max(groups[group])
     return (
         f"SM clocks differ by more than {MOST_CLOCK_DRIFT:.0%} in {len(apart)} of {len(groups)} comparisons, at worst "
-        f"by {ratio - 1:.1%} within {group.key.strip()}: {slowest} ran at {low:.0f} MHz, {fastest} at {high:.0f} MHz; "
+        f"by {ratio - 1:.1%} within {group.key.strip()}: {slowest} fell to {low:.0f} MHz, {fastest} to {high:.0f} MHz; "
         f"lock them with nvidia-smi --lock-gpu-clocks={_steady_clock(low)} (as root), or compare the times knowing this"
     )
 
@@ -107,7 +107,7 @@ def _throttled(record: Record) -> Note | None:
         return None
     blocks = sum(any(r.slowed_by for r in block if r.at != "before") for block in record.gpu)
     clock = sm_clock_mhz(record)
-    at = "" if clock is None else f", at {clock:.0f} MHz"
+    at = "" if clock is None else f", down to {clock:.0f} MHz"
     return Note(
         "throttled",
         f"the GPU was held back by {' and '.join(reasons)} in {blocks} of {len(record.gpu)} blocks{at}",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from mdnbench.bench.metrics import METRICS, matrix_peak, median, tolerance
+from mdnbench.bench.metrics import METRICS, matrix_peak, tolerance
 from mdnbench.bench.quality import notes as quality_notes
 from mdnbench.bench.results import GpuReading, Record
 
@@ -161,16 +161,15 @@ def _details(row: tables.Row, record: Record) -> dict[str, Any]:
 
 
 def _block_state(block: Sequence[GpuReading]) -> dict[str, Any]:
-    """One block of samples in short: median clock, highest power and temperature, and all that held the GPU back."""
-    readings = [it for it in block if it.at == "during"] or [it for it in block if it.at == "after"]
+    """One block of samples in short: lowest clock, highest power and temperature, and all that held the GPU back."""
+    readings = [it for it in block if it.at != "before"]
 
     def known(name: str) -> list[float]:
         return [value for value in (getattr(it, name) for it in readings) if value is not None]
 
-    clocks = known("sm_clock_mhz")
-    slowed_by = dict.fromkeys(name for it in block if it.at != "before" for name in it.slowed_by)
+    slowed_by = dict.fromkeys(name for it in readings for name in it.slowed_by)
     return {
-        "sm_clock_mhz": median(clocks) if clocks else None,
+        "sm_clock_mhz": min(known("sm_clock_mhz"), default=None),
         "power_w": max(known("power_w"), default=None),
         "temperature_c": max(known("temperature_c"), default=None),
         "slowed_by": list(slowed_by),

@@ -69,7 +69,7 @@ def test_throttling_is_named_with_blocks_and_clock() -> None:
     held = GpuReading("during", 1200, slowed_by=("power cap",))
     found = record(gpu=((GpuReading("before"), held), (GpuReading("before"), GpuReading("during", 1300))))
     (note,) = notes(found)
-    assert note.seen == "the GPU was held back by power cap in 1 of 2 blocks, at 1250 MHz"
+    assert note.seen == "the GPU was held back by power cap in 1 of 2 blocks, down to 1200 MHz"
     before = GpuReading("before", slowed_by=("power cap",))  # of whatever ran before
     assert notes(record(gpu=((before, GpuReading("during", 1980)),))) == []
 
@@ -81,8 +81,10 @@ def test_clock_drift_is_seen_within_a_comparison_only() -> None:
     assert clock_drift([*near, apart]) is None
     text = clock_drift([*near, record(provider="c", clock=1800), apart])
     assert text.startswith("SM clocks differ by more than 3% in 1 of 2 comparisons, at worst by 10.0% within forward")
-    assert "c ran at 1800 MHz, a at 1980 MHz" in text
+    assert "c fell to 1800 MHz, a to 1980 MHz" in text
     assert "--lock-gpu-clocks=1620" in text
+    after = ((GpuReading("before", 1980), GpuReading("during", 1980), GpuReading("after", 1815)),)
+    assert "b fell to 1815 MHz, a to 1980" in clock_drift([*near[:1], record(provider="b", gpu=after)])
     assert clock_drift([record(provider="a"), replace(record(provider="b", clock=900), status="crashed")]) is None
 
 
