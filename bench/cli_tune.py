@@ -226,6 +226,7 @@ def _tune(
     gpu = tune.known_gpus(device)[0]
     _select(device)
     with validating():
+        tune.store.check_writable(gpu)
         folder = _folder(out, resume)
         log = tune.open_log(folder, gpu, resume)
     deadline = None if seconds is None else time.monotonic() + seconds

@@ -376,7 +376,7 @@ def known_gpus(device: str | None) -> list[store.Gpu]:
     if device is not None:
         return [store.gpu_of(torch.device(device).index or 0)]
     files = [path for folder in (store.SHIPPED_FOLDER, store.user_folder()) for path in sorted(folder.glob("*.json"))]
-    return list({gpu.name: gpu for gpu, _ in map(store.read, files)}.values())
+    return list({found[0].name: found[0] for found in map(store.read_if_right, files) if found}.values())
 
 
 def export(gpu: store.Gpu, workloads: Sequence[Workload], folder: Path | None = None) -> tuple[Path, int]:
@@ -385,7 +385,7 @@ def export(gpu: store.Gpu, workloads: Sequence[Workload], folder: Path | None = 
     used with these. Returns the file and how many of its entries are tuned."""
     folder = folder or store.SHIPPED_FOLDER
     path = store.file_of(store.user_folder(), gpu.name)
-    tuned = store.read(path)[1] if path.exists() else []
+    _, tuned = store.read_if_right(path) or (None, [])
     chosen = [entry for workload in workloads for entry in hand_chosen(workload, gpu)]
     path = store.write(folder, gpu, [*chosen, *tuned], kernels=source_hash())
     return path, sum(entry.source == store.TUNED for entry in store.read(path)[1])

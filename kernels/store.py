@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -207,17 +208,21 @@ def entries_of(gpu: Gpu) -> tuple[Entry, ...]:
     """The user's entries and then the shipped ones. A file that cannot be read counts as empty, with a notice."""
     found: list[Entry] = []
     for place, folder in (("user", user_folder()), ("shipped", SHIPPED_FOLDER)):
-        path = file_of(folder, gpu.name)
-        try:
-            stored, entries = read(path, place)
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as fault:
-            _notice(f"{path} is left out ({fault})")
-            continue
-        if stored.compute_capability == gpu.compute_capability:
+        stored, entries = read_if_right(file_of(folder, gpu.name), place) or (None, [])
+        if stored is not None and stored.compute_capability == gpu.compute_capability:
             found += entries
     return tuple(found)
+
+
+def read_if_right(path: Path, place: str = "user") -> tuple[Gpu, list[Entry]] | None:
+    """As `read`; None where there is no file, and, with a notice, where it cannot be read."""
+    try:
+        return read(path, place)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as fault:
+        _notice(f"{path} is left out ({fault})")
+        return None
 
 
 def read(path: Path, place: str = "user") -> tuple[Gpu, list[Entry]]:
@@ -232,7 +237,7 @@ def read(path: Path, place: str = "user") -> tuple[Gpu, list[Entry]]:
         if content["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"its schema version is {content['schema_version']}, not {SCHEMA_VERSION}")
         return Gpu(**content["gpu"]), [_entry(fields, place) for fields in content["entries"]]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as fault:
         raise ValueError(f"it is damaged: {type(fault).__name__}: {fault}") from None
 
 
@@ -246,7 +251,8 @@ def _entry(fields: dict[str, Any], place: str) -> Entry:
 
 def write(folder: Path, gpu: Gpu, entries: Sequence[Entry], kernels: str | None = None) -> Path:
     """Add entries to the file of a GPU in a folder; both are made when absent. One for the same key and versions is
-    replaced, and a hand-chosen one by any for its key. Readers see the old file or the new one. Raises as `read`.
+    replaced, and a hand-chosen one by any for its key. Readers see the old file or the new one; a damaged one is set
+    aside. Raises OSError.
 
     Args:
         kernels: a source hash: what was tuned for other kernels is dropped. None keeps it.
@@ -257,7 +263,7 @@ def write(folder: Path, gpu: Gpu, entries: Sequence[Entry], kernels: str | None 
     path = file_of(folder, gpu.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        before = read(path)[1] if path.exists() else []
+        before = _read_or_set_aside(path)
         kept = {(entry.key, entry.versions): entry for entry in [*before, *entries]}
         if kernels:
             kept = {key: it for key, it in kept.items() if it.versions is None or it.versions.kernels == kernels}
@@ -278,6 +284,34 @@ def write(folder: Path, gpu: Gpu, entries: Sequence[Entry], kernels: str | None 
         os.replace(temporary, path)
     forget()
     return path
+
+
+def _read_or_set_aside(path: Path) -> list[Entry]:
+    """The entries of a file that will be written again; none of a damaged one, which gets another name."""
+    try:
+        return read(path)[1]
+    except FileNotFoundError:
+        return []
+    except ValueError as fault:
+        aside = path.with_name(f"{path.name}.damaged")
+        os.replace(path, aside)
+        log.warning("%s is set aside as %s (%s)", path, aside.name, fault)
+        return []
+
+
+def check_writable(gpu: Gpu) -> None:
+    """Raise ValueError unless the user's file of a GPU can be written later."""
+    path = file_of(user_folder(), gpu.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists():
+            path.read_bytes()
+    except OSError as fault:
+        raise ValueError(
+            f"{path}, where what is found is kept, cannot be written to ({fault.strerror}): set XDG_CACHE_HOME to a "
+            f"folder that can"
+        ) from None
 
 
 @contextlib.contextmanager

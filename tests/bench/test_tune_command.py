@@ -172,6 +172,31 @@ def test_a_verification_ends_without_a_traceback(
     assert f"mdnbench: {message}" in capsys.readouterr().err
 
 
+def test_a_store_that_cannot_be_written_to_ends_a_search_before_it_begins(pretended_gpu, capsys, monkeypatch) -> None:
+    store.user_folder().parent.mkdir(parents=True)
+    store.user_folder().write_text("a file")
+    found = Found()
+    monkeypatch.setattr(tune, "tune", found)
+    assert main(["tune"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written to (" in error
+    assert error.count("\n") == 1
+    assert found.settings == []
+    assert not Path("runs").exists()
+
+
+def test_a_damaged_file_of_another_gpu_is_left_out(capsys, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    store.user_folder().mkdir(parents=True)
+    damaged = store.user_folder() / "NVIDIA-A100.json"
+    damaged.write_text("{")
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        assert main(["tune", "--show", "--shapes", "paper-400m"]) == 0
+        assert main(["tune", "--export", "--shapes", "paper-400m", "--out", "out"]) == 0
+    assert "NVIDIA H200" in capsys.readouterr().out
+    assert [f"{damaged} is left out (it is damaged" in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_a_direction_without_a_choice_says_why(pretended_gpu, capsys, monkeypatch) -> None:
     def search(workload, gpu, log, settings, watch):
         log.trial(f"forward scan {workload.label()}", {"scan_warps": 4})  # which the time did not suffice for

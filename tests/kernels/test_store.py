@@ -155,6 +155,31 @@ def test_what_cannot_run_or_be_read_is_left_out(caplog):
         assert fault in caplog.text
 
 
+DAMAGED = [b"{", json.dumps({"schema_version": 9}).encode(), b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_file_is_set_aside_when_something_is_written(damaged, caplog):
+    path = store.file_of(store.user_folder(), GPU.name)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(damaged)
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        store.write(store.user_folder(), GPU, [TUNED])
+    assert store.read(path)[1] == [TUNED]
+    assert path.with_name("NVIDIA-H200.json.damaged").read_bytes() == damaged
+    (record,) = caplog.records
+    assert f"{path} is set aside as NVIDIA-H200.json.damaged (it" in record.getMessage()
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_beforehand():
+    store.check_writable(GPU)
+    assert list(store.user_folder().iterdir()) == []
+    store.user_folder().rmdir()
+    store.user_folder().write_text("a file")
+    with pytest.raises(ValueError, match=r"H200\.json, where .* cannot be written to \(.+\): set XDG_CACHE_HOME to a "):
+        store.check_writable(GPU)
+
+
 def test_another_compute_capability_under_the_same_name_is_another_gpu():
     store.write(store.user_folder(), GPU._replace(compute_capability="10.0"), [TUNED])
     assert call() is None
