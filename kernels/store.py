@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from .space import CONFIGS, Config, Shape, why_invalid
 from .versions import Versions, installed_versions
@@ -36,6 +36,9 @@ TUNED, HAND_CHOSEN = "tuned", "hand-chosen"
 SHIPPED_FOLDER = Path(__file__).with_name("tuned")
 _FARTHEST = 3  # a doubling of heads, or three of the length: beyond it the table knows better
 _HEADS_WEIGHT = 2  # of a factor of two in heads, against one in length: heads decide which tiles fill the GPU
+
+_Kind = TypeVar("_Kind")
+_types = functools.cache(get_type_hints)
 
 log = logging.getLogger("mdnbench")
 _autotune = os.environ.get(AUTOTUNE) == "1"
@@ -134,34 +137,35 @@ def look_up(key: Key, gpu: Gpu, versions: Versions | None = None) -> tuple[Entry
     Args:
         versions: that the code is made with; None means those installed.
     """
-    tuned = [entry for entry in entries_of(gpu) if entry.key[:6] == key[:6] and entry.source == TUNED]
-    if not tuned:
+    near = [
+        entry
+        for entry in entries_of(gpu)
+        if entry.source == TUNED and entry.key[:6] == key[:6] and _distance(entry.key, key) <= _FARTHEST
+    ]
+    if not near:
         return None, None
+    near.sort(key=lambda entry: _distance(entry.key, key))
     shape = Shape(
         key.head_dim_k, key.head_dim_v, key.chunk_size, 4 if key.dtype == "float32" else 2, 1 << key.heads_bucket,
         key.free_p, gpu.shared_memory_bytes, gpu.multiprocessors,
     )  # fmt: skip
     versions = versions or installed_versions(gpu.compute_capability)
-    known = "none" not in versions
-    right = [entry for entry in tuned if known and entry.versions == versions and _is_valid(entry, shape)]
-    near = min(right, key=lambda entry: _distance(entry.key, key), default=None)
-    if near is None:
-        return None, (
-            f"what was tuned for {describe(tuned[0].key)} is for {_versions(tuned[0].versions)}, "
-            f"not {_versions(versions)}: it is left out"
-        )
-    if _distance(near.key, key) > _FARTHEST:
-        return None, None
-    if near.key != key:
-        return near, f"{describe(key)} is not tuned on this GPU: it uses what was found for {describe(near.key)}"
-    return near, None
+    faults = [_fault(entry, versions, shape) for entry in near]
+    if None not in faults:
+        return None, f"what was tuned for {describe(near[0].key)} is left out: {faults[0]}"
+    nearest = near[faults.index(None)]
+    if nearest.key != key:
+        return nearest, f"{describe(key)} is not tuned on this GPU: it uses what was found for {describe(nearest.key)}"
+    return nearest, None
 
 
-def _is_valid(entry: Entry, shape: Shape) -> bool:
-    try:
-        return why_invalid(entry.key.direction, CONFIGS[entry.key.direction](**entry.config), shape) is None
-    except (TypeError, KeyError):  # fields of another version of the kernels
-        return False
+def _fault(entry: Entry, versions: Versions, shape: Shape) -> str | None:
+    """Why an entry cannot serve a shape, or None."""
+    if entry.versions != versions:
+        return f"it is for {_versions(entry.versions)}, not {_versions(versions)}"
+    if "none" in versions:
+        return f"of {_versions(versions)} one is not known"
+    return why_invalid(entry.key.direction, CONFIGS[entry.key.direction](**entry.config), shape)
 
 
 def _distance(one: Key, other: Key) -> int:
@@ -236,17 +240,40 @@ def read(path: Path, place: str = "user") -> tuple[Gpu, list[Entry]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"its schema version is {content['schema_version']}, not {SCHEMA_VERSION}")
-        return Gpu(**content["gpu"]), [_entry(fields, place) for fields in content["entries"]]
+        return _made(Gpu, content["gpu"]), [_entry(fields, place) for fields in content["entries"]]
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as fault:
         raise ValueError(f"it is damaged: {type(fault).__name__}: {fault}") from None
 
 
 def _entry(fields: dict[str, Any], place: str) -> Entry:
-    versions = fields["versions"]
-    return Entry(
-        Key(**fields["key"]), dict(fields["config"]), fields["source"], versions and Versions(**versions),
-        fields["latency_ms"], tuple(fields["runner_ups"]), place,
+    """Raises KeyError or TypeError where anything in it is not what the rest reckons with."""
+    key, versions = _made(Key, fields["key"]), fields["versions"]
+    config, *runner_ups = (
+        asdict(_made(CONFIGS[key.direction], it)) for it in (fields["config"], *fields["runner_ups"])
+    )
+    entry = Entry(
+        key, config, fields["source"], None if versions is None else _made(Versions, versions), fields["latency_ms"],
+        tuple(runner_ups), place,
     )  # fmt: skip
+    if min(key.heads_bucket, key.length_bucket) < 0:
+        raise TypeError("a bucket is below 0")
+    if entry.source not in (TUNED, HAND_CHOSEN) or (entry.source == TUNED) != (versions is not None):
+        raise TypeError(f"source {entry.source!r} with versions {versions}")
+    if entry.latency_ms is not None and not _is_a(entry.latency_ms, int | float):
+        raise TypeError(f"latency_ms={entry.latency_ms!r} is no number")
+    return entry
+
+
+def _made(kind: type[_Kind], fields: dict[str, Any]) -> _Kind:
+    """`kind` of these fields. Raises TypeError when there are others, or one has another type than it says."""
+    for name, wanted in _types(kind).items():
+        if name in fields and not _is_a(fields[name], wanted):
+            raise TypeError(f"{name}={fields[name]!r} is not {getattr(wanted, '__name__', wanted)}")
+    return kind(**fields)
+
+
+def _is_a(value: Any, wanted: Any) -> bool:
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
 
 
 def write(folder: Path, gpu: Gpu, entries: Sequence[Entry], kernels: str | None = None) -> Path:

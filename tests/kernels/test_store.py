@@ -130,7 +130,23 @@ def test_what_was_tuned_with_other_versions_is_left_out(field, caplog):
         assert call() is None
         assert call() is None
     assert len(caplog.records) == 1
-    assert "it is left out; `mdnbench tune` finds a configuration (shown once)" in caplog.text
+    assert " is left out: it is for kernels " in caplog.text
+    assert "; `mdnbench tune` finds a configuration (shown once)" in caplog.text
+
+
+def test_a_notice_says_what_is_wrong_with_a_configuration(caplog):
+    store.write(store.user_folder(), GPU, [replace(TUNED, config=asdict(KernelConfig(256, 4, 2)))])
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        assert call() is None
+    assert "4096 tokens is left out: block_v=256 is no power of two from 16 to 128; `mdnbench tune`" in caplog.text
+
+
+def test_what_is_far_away_is_not_spoken_of_whatever_its_versions(caplog):
+    far = replace(TUNED, key=KEY._replace(heads_bucket=0), versions=VERSIONS._replace(triton="other"))
+    store.write(store.user_folder(), GPU, [far])
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        assert call() is None
+    assert not caplog.records
 
 
 def test_a_hand_chosen_entry_leaves_the_choice_to_the_table(caplog):
@@ -153,6 +169,39 @@ def test_what_cannot_run_or_be_read_is_left_out(caplog):
         with caplog.at_level(logging.WARNING, "mdnbench"):
             assert call() is None
         assert fault in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("key", {"heads_bucket": None}),
+        ("key", {"heads_bucket": -1}),
+        ("key", {"free_p": 0}),
+        ("key", {"direction": "sideways"}),
+        ("config", {"scan_warps": 4.0}),
+        ("config", {"scan_warps": None}),
+        ("config", {"scan_stages": True}),
+        ("config", {"clusters": 2}),
+        (None, {"versions": {}}),
+        (None, {"versions": None}),
+        (None, {"versions": {**VERSIONS._asdict(), "triton": 3}}),
+        (None, {"latency_ms": "fast"}),
+        (None, {"source": "guessed"}),
+        (None, {"runner_ups": [{"block_v": 32}]}),
+        (None, {"runner_ups": None}),
+    ],
+)
+def test_a_malformed_entry_makes_a_damaged_file_and_no_call_fails(part, change, caplog):
+    path = store.write(store.user_folder(), GPU, [TUNED])
+    content = json.loads(path.read_text())
+    (entry,) = content["entries"]
+    (entry[part] if part else entry).update(change)
+    path.write_text(json.dumps(content))
+    store.forget()
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        assert call() is None
+    (record,) = caplog.records
+    assert f"{path} is left out (it is damaged: " in record.getMessage()
 
 
 DAMAGED = [b"{", json.dumps({"schema_version": 9}).encode(), b"\xff\xfe"]
