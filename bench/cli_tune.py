@@ -124,7 +124,13 @@ def shapes_of(presets: str | None, given: dict[str, Any]) -> list[Workload]:
     for name in names:
         spec = options.sweep_spec(name, {**given, "provider": ["mdn-triton"], "device": "cuda"}, 0, planning=True)
         for point in plan(spec):
-            found.setdefault(tune.key_of(point.workload, "forward"), point.workload)
+            w = point.workload
+            if w.value_heads != w.heads:
+                raise ValueError(
+                    f"--value-heads {w.value_heads} for {w.heads} heads: stored configurations serve calls with as "
+                    f"many value heads as heads; tune with --heads {w.value_heads}"
+                )
+            found.setdefault(tune.key_of(w, "forward"), w)
     return list(found.values())
 
 

@@ -82,6 +82,14 @@ def test_export_copies_what_was_tuned_and_fills_up_from_the_table(tmp_path: Path
         (["--operator", "gdn"], "--operator 'gdn' has no kernels to tune: choose from mdn"),
         (["--shapes", "paper"], "--shapes 'paper' is unknown: did you mean paper-400m?"),
         (["--budget", "soon"], "--budget 'soon' is no time above 0; write for example --budget 10m"),
+        *(
+            (
+                [*mode, "--heads", "4", "--value-heads", "32"],
+                "--value-heads 32 for 4 heads: stored configurations serve calls with as many value heads as heads; "
+                "tune with --heads 32",
+            )
+            for mode in ([], ["--show"], ["--verify"], ["--export"])
+        ),
         (["--jobs", "0"], "--jobs '0' is not a whole number of at least 1"),
         (["--show", "--export"], "--show and --export: give one of them"),
         (["--verify", "--resume"], "--verify and --resume: give one of them"),
