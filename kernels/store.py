@@ -110,7 +110,7 @@ def tuned_config(direction: str, x: Any, q: Any, free_p: bool) -> Config | None:
     key = (direction, device.index, q.dtype, x.K, x.V, x.C, free_p, bucket(x.B * x.HV), bucket(x.T))
     found, tuned = _find(*key)
     if _autotune and not tuned and not free_p:
-        _search(x, q)
+        _search(key[1:], x, q)
         found, _ = _find(*key)
     return found
 
@@ -369,18 +369,19 @@ def gpu_of(device_index: int) -> Gpu:
     return Gpu(properties.name, f"{properties.major}.{properties.minor}", *limits)
 
 
-_searched: set[tuple[str, ...]] = set()
+_searched: set[tuple[Any, ...]] = set()
 
 
-def _search(x: Any, q: Any) -> None:
-    """Tune a shape in a process of its own, once: a fault of a candidate ends it and not the caller."""
+def _search(key: tuple[Any, ...], x: Any, q: Any) -> None:
+    """Tune a shape in a process of its own, once for all that `key` holds for: a fault of a candidate ends it and not
+    the caller. Both directions are searched."""
     options = {
         "batch": x.B, "heads": x.H, "value-heads": x.HV, "seq-len": x.T, "head-dim": x.K, "v-head-dim": x.V,
         "chunk-size": x.C, "budget": "5m", "dtype": str(q.dtype).removeprefix("torch."), "device": str(q.device),
     }  # fmt: skip
     arguments = tuple(f"--{name}={value}" for name, value in options.items())
-    if arguments not in _searched:
-        _searched.add(arguments)
+    if key not in _searched:
+        _searched.add(key)
         log.warning("%s=1: mdnbench tune %s", AUTOTUNE, " ".join(arguments))
         command = [sys.executable, "-c", "from mdnbench.bench.cli import main; raise SystemExit(main())", "tune"]
         # The command numbers GPUs by bus unless told otherwise; here they have the numbers that CUDA gives them.

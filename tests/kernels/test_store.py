@@ -11,7 +11,7 @@ import torch
 
 from mdnbench.kernels import store
 from mdnbench.kernels.config import BackwardConfig, KernelConfig
-from mdnbench.kernels.problem import problem_of
+from mdnbench.kernels.problem import is_layer_call, problem_of
 from mdnbench.kernels.space import CONFIGS, SPACE, Shape, search_space, table_config, why_invalid
 from mdnbench.kernels.versions import code_of, source_hash
 
@@ -267,6 +267,33 @@ def test_a_call_searches_only_when_asked_to_and_once(monkeypatch):
         "tune", "--batch=4", "--heads=16", "--value-heads=16", "--seq-len=4096", "--head-dim=128", "--v-head-dim=128",
         "--chunk-size=64", "--budget=5m", "--dtype=bfloat16", "--device=cuda:0",
     ]  # fmt: skip
+
+
+def test_a_search_that_failed_is_not_repeated_for_sizes_of_the_same_bucket(monkeypatch):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return SimpleNamespace(returncode=2, stderr="mdnbench: no time")
+
+    monkeypatch.setattr(store.subprocess, "run", run)
+    monkeypatch.setattr(store, "_autotune", True)
+    monkeypatch.setattr(store, "_searched", set())
+    for sizes in ({}, {"T": 4000}, {"T": 2049, "B": 3}, {"direction": "backward", "T": 3000}):
+        assert call(**sizes) is None
+    assert len(commands) == 1
+    call(T=4097)  # of the next bucket
+    assert len(commands) == 2
+
+
+def test_value_heads_in_groups_are_not_looked_up():
+    """So that nothing is searched for them either: a key does not tell them from others."""
+    for heads, expected in ((16, True), (4, False)):
+        x = problem_of(
+            torch.Size((1, 64, heads, 64)), torch.Size((1, 64, 16, 64)), torch.bfloat16, None, None, 64, True
+        )
+        gate = torch.empty(1, 64, 16)
+        assert is_layer_call(x, True, True, gate, gate, False) == expected
 
 
 def test_the_hash_of_the_sources_is_of_what_runs():
