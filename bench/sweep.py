@@ -19,7 +19,7 @@ from .costs import costs
 from .gpu_state import GpuMonitor, needs_rest
 from .requests import Block, Failure, PointFailed, Prepare, Prepared
 from .results import SCHEMA_VERSION, GpuReading, Point, Record, append_record, now, read_records, results_path
-from .spec import SweepSpec, estimate_seconds, first_difference, operators_of, plan, providers_alone
+from .spec import SweepSpec, estimate_seconds, first_difference, plan, providers_alone, providers_of
 from .worker import MEMORY_LIMIT_FRACTION, Workers, available_memory_bytes
 
 __all__ = ["Progress", "Summary", "SweepSpec", "estimate_seconds", "plan", "run_sweep"]
@@ -197,7 +197,7 @@ class _Run:
         self.spec, self.folder, self.on_event, self.total = spec, folder, on_event, total
         self.finished = dict(kept)
         self.kept = len(kept)
-        self.operators = operators_of(spec.providers)
+        self.providers = providers_of(spec.providers)
         self.monitor = GpuMonitor(spec.device)
         self.started = time.monotonic()
         memory_limit_bytes = spec.memory_limit_bytes or int(MEMORY_LIMIT_FRACTION * available_memory_bytes())
@@ -254,11 +254,11 @@ class _Run:
         self, point: Point, found: Prepared, sampling: _Sampling | None = None, failure: Failure | None = None
     ) -> None:
         """Write the row of a point."""
-        operator = self.operators[point.provider]
+        provider = self.providers[point.provider]
         record = make_record(
-            point, operator.name, self.spec.seed, found, sampling.samples_ms if sampling else (), failure
+            point, provider.operator.name, self.spec.seed, found, sampling.samples_ms if sampling else (), failure
         )
-        record = replace(record, **costs(operator, point), precision=self.spec.precision)
+        record = replace(record, **costs(provider, point), precision=self.spec.precision)
         if sampling:
             record = replace(
                 record,
