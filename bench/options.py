@@ -19,9 +19,8 @@ from mdnbench.baselines.workload import DTYPES, Workload
 from . import parse
 from .check import plan_checks
 from .presets import AUTO, DEFAULT_DTYPE, DEFAULT_PRESET, load_preset, make_spec, resolve_device
-from .results import MODES, REGIMES, Point, results_path
+from .results import MODES, REGIMES, SWEEP_FILE, Point, results_path
 from .spec import SweepSpec
-from .sweep import SWEEP_FILE
 
 CHECKED = {"seq_len": 257, "head_dim_k": 64, "head_dim_v": 64, "batch": 2, "heads": 2}  # 257: a last chunk of 1 token
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -18,13 +18,22 @@ from . import metrics
 from .costs import costs
 from .gpu_state import GpuMonitor, needs_rest
 from .requests import Block, Failure, PointFailed, Prepare, Prepared
-from .results import SCHEMA_VERSION, GpuReading, Point, Record, append_record, now, read_records, results_path
+from .results import (
+    SCHEMA_VERSION,
+    SWEEP_FILE,
+    GpuReading,
+    Point,
+    Record,
+    append_record,
+    now,
+    read_records,
+    results_path,
+)
 from .spec import SweepSpec, estimate_seconds, first_difference, plan, providers_alone, providers_of
 from .worker import MEMORY_LIMIT_FRACTION, Workers, available_memory_bytes
 
 __all__ = ["Progress", "Summary", "SweepSpec", "estimate_seconds", "plan", "run_sweep"]
 
-SWEEP_FILE = "sweep.json"
 WORKER_LOG = "worker.log"
 
 FINAL_STATUSES = ("ok", "unsupported")  # the others failed: by chance, or by a fault that may be mended by now
@@ -258,7 +267,8 @@ class _Run:
         record = make_record(
             point, provider.operator.name, self.spec.seed, found, sampling.samples_ms if sampling else (), failure
         )
-        record = replace(record, **costs(provider, point), precision=self.spec.precision)
+        limits = {name: getattr(self.spec, name) for name in ("precision", "time_limit_s", "min_time_s")}
+        record = replace(record, **costs(provider, point), **limits)
         if sampling:
             record = replace(
                 record,

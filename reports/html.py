@@ -70,6 +70,7 @@ COLUMNS = (
     ("status", "status", False, True),
     ("flags", "flags", False, True),
 )
+_VARIABLES = {"mdn-authors": "MDNBENCH_AUTHORS_PATH=CHECKOUT "}  # before the command; CHECKOUT is the user's own
 _ALIKE = (
     "provider", "mode", "regime", "batch", "heads", "head_dim_k", "head_dim_v", "seq_len", "chunk_size",
 )  # fmt: skip
@@ -135,10 +136,11 @@ def command(row: tables.Row) -> str:
         given |= {"chunk-size": row["chunk_size"], "batch": row["batch"], "heads": row["heads"]}
         given |= {"value-heads": row["value_heads"] if row["value_heads"] != row["heads"] else None}
         given |= {"mode": row["mode"], "regime": row["regime"], "seed": row["seed"] or None}
+        given |= {"time-limit": row["time_limit_s"], "min-time": row["min_time_s"], "precision": row["precision"]}
     given |= {"dtype": row["dtype"], "device": row["device"], "gates": row["gates"]}
     words = ["mdnbench", "sweep" if timed else "check"]
     words += [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
-    return shlex.join(words)
+    return _VARIABLES.get(row["provider"], "") + shlex.join(words)
 
 
 def _details(row: tables.Row, record: Record) -> dict[str, Any]:

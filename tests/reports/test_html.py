@@ -152,9 +152,18 @@ def test_commands_of_gpu_regimes_and_checks() -> None:
     first, second = html.to_data([Run("x", [timed, checked])])["rows"]
     assert first["command"] == (
         "mdnbench sweep --provider mdn-torch --seq-len 512 --head-dim 64 --v-head-dim 64 --chunk-size 64 --batch 1 "
-        "--heads 16 --mode forward --regime graph-warm --seed 3 --dtype bfloat16 --device cuda --gates log_mu=0/-2"
+        "--heads 16 --mode forward --regime graph-warm --seed 3 "
+        "--time-limit 0.5 --precision 0.01 --dtype bfloat16 --device cuda --gates log_mu=0/-2"
     )
     assert second["command"] == "mdnbench check --provider mdn-torch --dtype bfloat16 --device cuda --gates log_mu=0/-2"
+
+
+def test_a_command_has_the_limits_of_its_row_and_the_variable_of_its_provider() -> None:
+    record = load_run(PUBLISHED).records[0]
+    authors = replace(record, point=replace(record.point, provider="mdn-authors"), time_limit_s=0.25, min_time_s=0.1)
+    (row,) = html.to_data([Run("x", [replace(authors, precision=0.005)])])["rows"]
+    assert row["command"].startswith("MDNBENCH_AUTHORS_PATH=CHECKOUT mdnbench sweep --provider mdn-authors --seq-len")
+    assert " --time-limit 0.25 --min-time 0.1 --precision 0.005 " in row["command"]
 
 
 def test_a_real_run_makes_a_small_file(tmp_path: Path) -> None:
