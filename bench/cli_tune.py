@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 OPERATORS = ("mdn",)
 PRESETS = "paper-400m,paper-1.3b,long-context"
 RUN_NAME = "tune"
+_TAKES = {"--show": (), "--verify": ("--jobs",), "--export": ("--out",)}  # of the options of a search
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 Operator = Annotated[str, typer.Option("--operator", metavar="NAME", help="Whose kernels: mdn.")]
@@ -86,8 +87,11 @@ def tune(
         if operator not in OPERATORS:
             raise BadInput(f"--operator {operator!r} has no kernels to tune: choose from {', '.join(OPERATORS)}")
         asked = [name for name, value in (("--show", show), ("--verify", verify), ("--export", export)) if value]
-        if len(asked) > 1 or (asked and resume):
-            raise BadInput(f"{' and '.join(asked[:2] if len(asked) > 1 else [asked[0], '--resume'])}: give one of them")
+        others = {"--resume": resume or None, "--budget": budget, "--jobs": jobs, "--out": out}
+        if asked:
+            asked += [name for name, value in others.items() if value is not None and name not in _TAKES[asked[0]]]
+        if len(asked) > 1:
+            raise BadInput(f"{asked[0]} and {asked[1]}: give one of them")
         workloads = shapes_of(shapes, given)
         seconds = None if budget is None else parse_duration("--budget", budget)
         workers = _jobs(jobs)
@@ -112,6 +116,8 @@ def shapes_of(presets: str | None, given: dict[str, Any]) -> list[Workload]:
     Raises:
         ValueError: for bad input, naming the option.
     """
+    from mdnbench.baselines.registry import get_provider
+
     from . import options, parse, tune
     from . import presets as stored
     from .spec import plan
@@ -120,11 +126,14 @@ def shapes_of(presets: str | None, given: dict[str, Any]) -> list[Workload]:
     names = parse.parse_choices(
         "--shapes", [presets or (PRESETS.partition(",")[0] if sized else PRESETS)], stored.preset_names()
     )
+    sizes = get_provider("mdn-triton").chunk_sizes
     found = {}
     for name in names:
         spec = options.sweep_spec(name, {**given, "provider": ["mdn-triton"], "device": "cuda"}, 0, planning=True)
         for point in plan(spec):
             w = point.workload
+            if w.chunk_size not in sizes:
+                raise ValueError(f"--chunk-size {w.chunk_size} is not offered: use one of {', '.join(map(str, sizes))}")
             if w.value_heads != w.heads:
                 raise ValueError(
                     f"--value-heads {w.value_heads} for {w.heads} heads: stored configurations serve calls with as "

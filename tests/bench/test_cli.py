@@ -108,6 +108,15 @@ def test_help_and_report_load_no_torch(code: str, run: Path) -> None:
     subprocess.run([sys.executable, "-c", script, str(run)], check=True, capture_output=True)
 
 
+def test_dry_run_says_which_chunk_sizes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sweep", "--dry-run", "--device", "cpu", "--provider", "mdn-triton,mdn-torch,attention-sdpa-math"]
+    assert main([*arguments, "--seq-len", "64", "--head-dim", "32", "--chunk-size", "48,64", "--mode", "forward"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"mdnbench: warning: {name} takes chunk sizes 16, 32, 64, 128 only, not 48: 1 points get no time"
+        for name in ("mdn-triton", "mdn-torch")
+    ]
+
+
 def test_dry_run_prints_every_point_and_runs_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = [
         "sweep",

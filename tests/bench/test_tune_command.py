@@ -93,6 +93,18 @@ def test_export_copies_what_was_tuned_and_fills_up_from_the_table(tmp_path: Path
         (["--jobs", "0"], "--jobs '0' is not a whole number of at least 1"),
         (["--show", "--export"], "--show and --export: give one of them"),
         (["--verify", "--resume"], "--verify and --resume: give one of them"),
+        *(
+            ([mode, option, value], f"{mode} and {option}: give one of them")
+            for mode, option, value in (
+                ("--show", "--budget", "5m"),
+                ("--show", "--jobs", "2"),
+                ("--show", "--out", "here"),
+                ("--verify", "--budget", "5m"),
+                ("--verify", "--out", "here"),
+                ("--export", "--jobs", "2"),
+            )
+        ),
+        (["--show", "--chunk-size", "48"], "--chunk-size 48 is not offered: use one of 16, 32, 64, 128"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message: str, capsys, monkeypatch) -> None:
