@@ -47,6 +47,7 @@ def profile_providers(
     chunk_size: ChunkSize = "64",
     batch: Batch = "1",
     heads: Heads = "4",
+    value_heads: arg.ValueHeads = None,
     mode: Mode = "forward",
     dtype: arg.Dtype = "auto",
     device: arg.Device = "auto",
@@ -62,26 +63,28 @@ def profile_providers(
     own. The exit code is 1 when one failed.
     """
     with validating():
-        from mdnbench.baselines.workload import DTYPES, Workload
+        from mdnbench.baselines.workload import Workload
 
         from . import options, parse
-        from .presets import AUTO, DEFAULT_DTYPE
         from .requests import PointFailed
         from .results import MODES, Point
         from .sweep import WORKER_LOG
 
         place = options.device_name(device)
         kind = place.partition(":")[0]
-        name = DEFAULT_DTYPE[kind] if dtype == AUTO else parse.parse_choices("--dtype", [dtype], DTYPES)[0]
+        groups = parse.parse_int("--heads", heads)
+        spread = None if value_heads is None else parse.parse_int("--value-heads", value_heads)
+        options.check_value_heads(groups, spread)
         chosen_mode = _one(parse.parse_choices("--mode", [mode], MODES), "--mode", mode)
         workload = Workload(
             seq_len=_one(parse.parse_ints("--seq-len", seq_len), "--seq-len", seq_len),
             head_dim_k=parse.parse_int("--head-dim", head_dim),
             head_dim_v=parse.parse_int("--v-head-dim", v_head_dim or head_dim),
             batch=parse.parse_int("--batch", batch),
-            heads=parse.parse_int("--heads", heads),
+            heads=groups,
+            value_heads=spread,
             chunk_size=parse.parse_int("--chunk-size", chunk_size),
-            dtype=name,
+            dtype=options.one_dtype(dtype, place),
             device=kind,
             gates=options.parse_gates(gates) if gates else "mild",
         )
@@ -134,7 +137,7 @@ def _record(point: Point, device: str, calls: int, folder: Path) -> Profile:
 
 def _one(values: tuple[Any, ...], option: str, text: str) -> Any:
     if len(values) != 1:
-        raise ValueError(f"{option} {text!r}: a profile has one workload")
+        raise ValueError(f"{option} {text!r}: a profile has one workload, so give one; mdnbench sweep takes several")
     return values[0]
 
 

@@ -77,7 +77,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sweep stray", "stray"),
         ("report", "Missing argument 'RUN...': mdnbench report --help"),
         ("report nowhere", "RUN 'nowhere' has no results.jsonl: give a run folder"),
-        ("check --gates gamma", "--gates 'gamma' is unknown: choose from mild"),
+        ("sweep --precision 0", "--precision '0' is not above 0%: write for example --precision 3%"),
+        ("check --gates gamma", "--gates 'gamma' is unknown: choose from all, mild"),
+        ("check --profiles nope", "--profiles 'nope' is unknown: choose from all, mild"),
+        ("check --profiles all,nope", "--profiles 'nope' is unknown"),
+        ("check --provider attention --profiles eta=2", "--profiles 'eta=2': no chosen provider reads these gates"),
+        ("check --dtype float32,float16", "--dtype 'float32,float16': give one dtype here, such as --dtype float32;"),
         ("check --provider attention --gates eta=2", "no chosen provider reads these gates"),
         ("list --provider nothing-like-it", "--provider 'nothing-like-it' is unknown: mdnbench list shows all names"),
         ("frobnicate", "No such command 'frobnicate'"),
@@ -342,3 +347,11 @@ def test_doctor_reports_as_text_and_json(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["doctor", "--json"]) == code
     rows = json.loads(capsys.readouterr().out)
     assert code == any(row["level"] == "error" for row in rows)
+
+
+def test_all_among_gate_profiles_is_all_of_them() -> None:
+    from mdnbench.bench.options import check_points
+
+    everything = check_points(["gdn-torch"], None, "auto", "cpu")
+    assert len(everything) > 2
+    assert check_points(["gdn-torch"], ["all,mild"], "float32", "cpu", option="--profiles") == everything
