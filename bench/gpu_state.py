@@ -22,6 +22,7 @@ TIMES_BETWEEN_READINGS = 1.5
 # idle, clocks that somebody set, and the display's.
 SLOWED_BY = {0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost", 0x20: "heat", 0x40: "heat",
              0x80: "power brake"}  # fmt: skip
+POWER_INSTANT = 186  # NVML_FI_DEV_POWER_INSTANT; nvmlDeviceGetPowerUsage is the average of a second on recent GPUs
 NEEDS_REST = frozenset({"power cap", "heat", "hardware slowdown", "power brake"})
 
 
@@ -64,10 +65,7 @@ class GpuMonitor:
         for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
             if bits is None and hasattr(nvml, name):  # the first since driver 535
                 bits = self._ask(getattr(nvml, name), handle)
-        power, limit = (
-            self._ask(function, handle)
-            for function in (nvml.nvmlDeviceGetPowerUsage, nvml.nvmlDeviceGetEnforcedPowerLimit)
-        )
+        power, limit = self._power_mw(), self._ask(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
         return GpuReading(
             at,
             sm_clock_mhz=self._ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
@@ -87,6 +85,15 @@ class GpuMonitor:
         if self._nvml is not None:
             self._nvml.nvmlShutdown()
             self._nvml = None
+
+    def _power_mw(self) -> int | None:
+        """What the GPU draws at this moment; where the driver has no such field, over about the last second."""
+        nvml, handle = self._nvml, self._handle
+        if hasattr(nvml, "nvmlDeviceGetFieldValues"):
+            fields = self._ask(nvml.nvmlDeviceGetFieldValues, handle, [POWER_INSTANT])
+            if fields is not None and fields[0].nvmlReturn == 0 and fields[0].value.uiVal:
+                return fields[0].value.uiVal
+        return self._ask(nvml.nvmlDeviceGetPowerUsage, handle)
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:

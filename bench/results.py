@@ -65,7 +65,7 @@ class GpuReading:
     Attributes:
         at: "before", "during" or "after" a block of samples.
         sm_clock_mhz, memory_clock_mhz: present clocks.
-        power_w, power_limit_w: what it draws, and may draw.
+        power_w, power_limit_w: what it draws (where the driver does not tell: drew in the last second), and may draw.
         temperature_c: of the chip.
         slowed_by: why the clocks are below what the GPU could do: of "power cap", "hardware slowdown", "heat",
             "power brake", "sync boost"; empty when they are not, or when idle.

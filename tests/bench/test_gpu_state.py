@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,6 +64,10 @@ class FakeNvml:
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
         return self._value("power", 698_760)
 
+    def nvmlDeviceGetFieldValues(self, handle: str, fields: list[int]) -> list[SimpleNamespace]:
+        known = fields == [186] and "instant power" not in self.missing
+        return [SimpleNamespace(nvmlReturn=0 if known else 3, value=SimpleNamespace(uiVal=702_130 if known else 0))]
+
     def nvmlDeviceGetEnforcedPowerLimit(self, handle: str) -> int:
         return self._value("limit", 700_000)
 
@@ -77,13 +82,19 @@ def _all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_reading_has_units_and_names_its_reasons() -> None:
     monitor = GpuMonitor("cuda", FakeNvml((POWER_CAP | SOFTWARE_HEAT | HARDWARE_HEAT,)))
-    assert monitor.read("during") == GpuReading("during", 1755, 3201, 698.8, 700.0, 64, ("power cap", "heat"))
+    assert monitor.read("during") == GpuReading("during", 1755, 3201, 702.1, 700.0, 64, ("power cap", "heat"))
     assert GpuMonitor("cuda", FakeNvml((IDLE | 0x2 | 0x100,))).read("after").slowed_by == ()  # idle, set by somebody
 
 
 def test_what_the_driver_does_not_tell_is_absent() -> None:
-    found = GpuMonitor("cuda", FakeNvml(missing=("power", "reasons"))).read("before")
+    found = GpuMonitor("cuda", FakeNvml(missing=("power", "instant power", "reasons"))).read("before")
     assert found == GpuReading("before", 1755, 3201, None, 700.0, 64, ())
+
+
+def test_power_is_the_average_where_the_driver_or_its_binding_knows_no_other(monkeypatch) -> None:
+    assert GpuMonitor("cuda", FakeNvml(missing=("instant power",))).read("during").power_w == 698.8
+    monkeypatch.delattr(FakeNvml, "nvmlDeviceGetFieldValues")
+    assert GpuMonitor("cuda", FakeNvml()).read("during").power_w == 698.8
 
 
 def test_without_nvml_or_gpu_there_are_no_readings() -> None:
