@@ -92,7 +92,9 @@ Out = Annotated[
 ReportOut = Annotated[
     Path | None,
     typer.Option(
-        "--out", metavar="FOLDER", help="Folder to write to. Default: the run's own; for several, runs/<time>-report."
+        "--out",
+        metavar="FOLDER",
+        help="Folder to write to. Default: the run's own; for several, or chosen rows, runs/<time>-report.",
     ),
 ]
 Resume = Annotated[

@@ -76,6 +76,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sweep --seq-lens 5", "No such option: --seq-lens"),
         ("sweep stray", "stray"),
         ("report", "Missing argument 'RUN...': mdnbench report --help"),
+        ("report {run} --provider mdn", "--provider 'mdn' is unknown: did you mean gdn? choose from attention, "),
+        ("report {run} --mode fwd", "--mode 'fwd' is unknown"),
+        ("report {run} --gates layer", "--gates 'layer' is unknown: choose from mild"),
+        ("report {run} --seq-len x", "--seq-len 'x': 'x' is not a whole number"),
+        (
+            "report {run} --seq-len 32,96 --mode backward",
+            "--seq-len 32,96 --mode backward: no row has all of this; the 4 rows have --seq-len 32,64, --mode forward_",
+        ),
         ("report nowhere", "RUN 'nowhere' has no results.jsonl: give a run folder"),
         ("sweep --precision 0", "--precision '0' is not above 0%: write for example --precision 3%"),
         ("check --gates gamma", "--gates 'gamma' is unknown: choose from all, mild"),
@@ -89,9 +97,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_bad_input_gives_one_line_and_exit_code_2(
-    arguments: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Path
 ) -> None:
-    assert main(arguments.split()) == 2
+    capsys.readouterr()
+    assert main(arguments.format(run=run).split()) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("mdnbench: ")
@@ -292,6 +301,25 @@ def test_reports_are_made_again_from_one_run_or_several(
     assert printed.err == f"mdnbench: warning: {folder} is passed over: it holds a report and no results\n"
     assert main(["report", str(folder)]) == 2
     assert "has no results.jsonl: give a run folder" in capsys.readouterr().err
+
+
+def test_a_report_of_chosen_rows(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    arguments = ["report", str(run), "--provider", "gdn", "--seq-len", "1:49:16,64", "--head-dim", "16"]
+    arguments += ["--v-head-dim", "32", "--mode", "forward_backward", "--regime", "eager", "--gates", "mild"]
+    latex = tmp_path / "tables.tex"
+    assert main([*arguments, "--latex", str(latex), "--out", "chosen"]) == 0
+    printed = capsys.readouterr().out
+    with open("chosen/table.csv", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["provider"], row["seq_len"]) == ("gdn-torch", "64")
+    for text in (printed, Path("chosen/table.md").read_text(), latex.read_text()):
+        assert "attention" not in text
+    assert "1 points: 1 ok" in printed
+    assert '"provider":"attention' not in Path("chosen/report.html").read_text()
+    assert main(arguments) == 0  # into a folder of its own
+    assert len(list(Path("runs").iterdir())) == 1
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 def test_report_refuses_a_folder_it_cannot_write_to(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
