@@ -58,6 +58,7 @@ def make_record(provider: str, workload: Workload, mode: str, regime: str) -> Re
         tokens_per_s=workload.tokens / middle * 1e3,
         peak_memory_bytes=int(factor * workload.tokens * workload.head_dim_k * 16) + 2**20,
         relative_error={"o": 2e-7, "dq": 4e-7},
+        precision=0.02,
         checked_seq_len=workload.seq_len,
         **common,
     )
