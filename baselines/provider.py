@@ -129,8 +129,9 @@ class Provider:
             return f"takes {', '.join(self.dtypes)} only, not {workload.dtype}"
         if mode not in self.modes:
             return f"has no {mode.replace('_', ' + ')}: it offers {', '.join(self.modes)} only"
-        if self.chunk_sizes is not None and workload.chunk_size not in self.chunk_sizes:
-            return f"takes chunk sizes {', '.join(map(str, self.chunk_sizes))} only, not {workload.chunk_size}"
+        refused = self.refused_chunk_size(workload.chunk_size)
+        if refused is not None:
+            return refused
         head_dims = (workload.head_dim_k, workload.head_dim_v)
         if self.head_dims is not None and head_dims not in self.head_dims:
             known = ", ".join(f"K {k} V {v}" for k, v in self.head_dims)
@@ -145,6 +146,12 @@ class Provider:
         if self.package is None or _is_installed(self.package):
             return None
         return f"the package {self.package} is not installed: {self.install}"
+
+    def refused_chunk_size(self, chunk_size: int | None) -> str | None:
+        """Why this chunk size cannot be used, in one sentence; None where it can, or there is no such parameter."""
+        if self.chunk_sizes is None or chunk_size in self.chunk_sizes:
+            return None
+        return f"takes chunk sizes {', '.join(map(str, self.chunk_sizes))} only, not {chunk_size}"
 
     def flops(self, workload: Workload, mode: str) -> int | None:
         """As `Operator.flops`, with the chunk size that is built in where the workload has none."""

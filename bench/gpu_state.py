@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .results import GpuReading
+from .results import GpuReading, under_load
 
 # Readings during a block: the first after so many seconds, each later one when so many times as much has gone by. So a
 # block of whatever length has one in its last third, and a long one has few.
@@ -139,7 +139,7 @@ class BlockWatch:
 
 def needs_rest(readings: tuple[GpuReading, ...]) -> bool:
     """Whether a GPU that was read so during or after a block gets faster by a pause."""
-    return any(NEEDS_REST & set(reading.slowed_by) for reading in readings if reading.at != "before")
+    return any(NEEDS_REST & set(reading.slowed_by) for reading in under_load(readings))
 
 
 def _handle(nvml: Any, index: int) -> Any:

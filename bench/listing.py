@@ -72,9 +72,5 @@ def capabilities(provider: Provider, device: str) -> Capabilities:
 def refused_chunk_sizes(points: Sequence[Point]) -> list[str]:
     """A sentence for each chunk size that a provider of these points does not take: they will have no time."""
     of_points = Counter((point.provider, point.workload.chunk_size) for point in points)
-    taken = {name: get_provider(name).chunk_sizes for name, _ in of_points}
-    return [
-        f"{name} takes chunk sizes {', '.join(map(str, taken[name]))} only, not {size}: {count} points get no time"
-        for (name, size), count in of_points.items()
-        if size is not None and size not in taken[name]
-    ]
+    refused = {(name, size): get_provider(name).refused_chunk_size(size) for name, size in of_points}
+    return [f"{key[0]} {refused[key]}: {count} points get no time" for key, count in of_points.items() if refused[key]]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .results import Point, Record
+from .results import Point, Record, under_load
 
 MIN_CORRELATED = 20  # with fewer samples the correlation is not known well enough to correct by
 
@@ -233,13 +233,13 @@ def host_overheads_ms(records: Sequence[Record]) -> dict[Point, float]:
 
 def sm_clock_mhz(record: Record) -> float | None:
     """The lowest SM clock that was read while samples were taken, or right after a block of them."""
-    clocks = (it.sm_clock_mhz for block in record.gpu for it in block if it.at != "before")
+    clocks = (it.sm_clock_mhz for block in record.gpu for it in under_load(block))
     return min((clock for clock in clocks if clock), default=None)
 
 
 def slowed_by(record: Record) -> tuple[str, ...]:
     """What kept the GPU's clocks down while samples were taken or right after; empty when nothing did."""
-    readings = (reading for block in record.gpu for reading in block if reading.at != "before")
+    readings = (reading for block in record.gpu for reading in under_load(block))
     return tuple(dict.fromkeys(name for reading in readings for name in reading.slowed_by))
 
 

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from .metrics import half_width, median, slowed_by, sm_clock_mhz
-from .results import Point, Record
+from .results import Point, Record, under_load
 
 MOST_CLOCK_DRIFT = 0.03  # between points that are compared
 MOST_SLOW_START = 0.05  # the first block against those after it
@@ -107,7 +107,7 @@ def _throttled(record: Record) -> Note | None:
     reasons = slowed_by(record)
     if not reasons:
         return None
-    blocks = sum(any(r.slowed_by for r in block if r.at != "before") for block in record.gpu)
+    blocks = sum(any(r.slowed_by for r in under_load(block)) for block in record.gpu)
     clock = sm_clock_mhz(record)
     at = "" if clock is None else f", down to {clock:.0f} MHz"
     return Note(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,6 +20,7 @@ from mdnbench.baselines.workload import Workload
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.jsonl"
 SWEEP_FILE = "sweep.json"  # beside it: what is measured there
+LIMITS = ("precision", "time_limit_s", "min_time_s")  # of sampling: in the specification of a sweep and in its rows
 MODES = ("forward", "backward", "forward_backward")
 # How calls reach the device (launched one by one, or replayed from a CUDA graph), and what its L2 cache holds before
 # each: nothing of the call's on a GPU, or, "-warm", what the call before left there. On a CPU nothing is emptied.
@@ -78,6 +79,11 @@ class GpuReading:
     power_limit_w: float | None = None
     temperature_c: int | None = None
     slowed_by: tuple[str, ...] = ()
+
+
+def under_load(block: Sequence[GpuReading]) -> list[GpuReading]:
+    """Those of the readings of a block of samples that were taken in it or right after it."""
+    return [reading for reading in block if reading.at != "before"]
 
 
 @dataclass(frozen=True)

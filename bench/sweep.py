@@ -19,6 +19,7 @@ from .costs import costs
 from .gpu_state import GpuMonitor, needs_rest
 from .requests import Block, Failure, PointFailed, Prepare, Prepared
 from .results import (
+    LIMITS,
     SCHEMA_VERSION,
     SWEEP_FILE,
     GpuReading,
@@ -267,7 +268,7 @@ class _Run:
         record = make_record(
             point, provider.operator.name, self.spec.seed, found, sampling.samples_ms if sampling else (), failure
         )
-        limits = {name: getattr(self.spec, name) for name in ("precision", "time_limit_s", "min_time_s")}
+        limits = {name: getattr(self.spec, name) for name in LIMITS}
         record = replace(record, **costs(provider, point), **limits)
         if sampling:
             record = replace(

@@ -375,21 +375,22 @@ _searched: set[tuple[Any, ...]] = set()
 def _search(key: tuple[Any, ...], x: Any, q: Any) -> None:
     """Tune a shape in a process of its own, once for all that `key` holds for: a fault of a candidate ends it and not
     the caller. Both directions are searched."""
+    if key in _searched:
+        return
+    _searched.add(key)
     options = {
         "batch": x.B, "heads": x.H, "value-heads": x.HV, "seq-len": x.T, "head-dim": x.K, "v-head-dim": x.V,
         "chunk-size": x.C, "budget": "5m", "dtype": str(q.dtype).removeprefix("torch."), "device": str(q.device),
     }  # fmt: skip
     arguments = tuple(f"--{name}={value}" for name, value in options.items())
-    if key not in _searched:
-        _searched.add(key)
-        log.warning("%s=1: mdnbench tune %s", AUTOTUNE, " ".join(arguments))
-        command = [sys.executable, "-c", "from mdnbench.bench.cli import main; raise SystemExit(main())", "tune"]
-        # The command numbers GPUs by bus unless told otherwise; here they have the numbers that CUDA gives them.
-        variables = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST", **os.environ}
-        variables.pop(AUTOTUNE, None)
-        out = user_folder().with_name("searches") / f"{os.getpid()}-{len(_searched)}-{time.time_ns()}"
-        run = subprocess.run([*command, *arguments, f"--out={out}"], capture_output=True, text=True, env=variables)
-        if run.returncode:
-            reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
-            log.warning("tuning failed (%s): the table of config.py is used", reason)
-        forget()
+    log.warning("%s=1: mdnbench tune %s", AUTOTUNE, " ".join(arguments))
+    command = [sys.executable, "-c", "from mdnbench.bench.cli import main; raise SystemExit(main())", "tune"]
+    # The command numbers GPUs by bus unless told otherwise; here they have the numbers that CUDA gives them.
+    variables = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST", **os.environ}
+    variables.pop(AUTOTUNE, None)
+    out = user_folder().with_name("searches") / f"{os.getpid()}-{len(_searched)}-{time.time_ns()}"
+    run = subprocess.run([*command, *arguments, f"--out={out}"], capture_output=True, text=True, env=variables)
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+        log.warning("tuning failed (%s): the table of config.py is used", reason)
+    forget()

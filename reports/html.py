@@ -13,7 +13,7 @@ from typing import Any
 
 from mdnbench.bench.metrics import METRICS, matrix_peak, tolerance
 from mdnbench.bench.quality import notes as quality_notes
-from mdnbench.bench.results import GpuReading, Record
+from mdnbench.bench.results import GpuReading, Record, under_load
 
 from . import accuracy, render, style, tables
 from .runs import Run, describe
@@ -164,7 +164,7 @@ def _details(row: tables.Row, record: Record) -> dict[str, Any]:
 
 def _block_state(block: Sequence[GpuReading]) -> dict[str, Any]:
     """One block of samples in short: lowest clock, highest power and temperature, and all that held the GPU back."""
-    readings = [it for it in block if it.at != "before"]
+    readings = under_load(block)
 
     def known(name: str) -> list[float]:
         return [value for value in (getattr(it, name) for it in readings) if value is not None]

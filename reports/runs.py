@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mdnbench.bench.results import RESULTS_FILE, SWEEP_FILE, Record, read_records, results_path
+from mdnbench.bench.results import LIMITS, RESULTS_FILE, SWEEP_FILE, Record, read_records, results_path
 
 ENVIRONMENT_FILE = "environment.json"
 
@@ -75,7 +75,7 @@ def _limits(sweep: Path) -> dict[str, Any]:
     """What a sweep asked of its sampling, for older rows that do not hold it; empty where this is not known."""
     try:
         spec = json.loads(sweep.read_text())["spec"]
-        return {name: spec.get(name) for name in ("precision", "time_limit_s", "min_time_s")}
+        return {name: spec.get(name) for name in LIMITS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
