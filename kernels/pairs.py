@@ -85,7 +85,7 @@ def load_state(
     b_x = ()
     for s in tl.static_range(NS):
         if p_state is not None:
-            o_state, m_state, is_n = state_tile(i_n, i_hv, s * BS + o_k, i_v, N, HV, K, V, BV)
+            o_state, m_state, is_n = state_tile(i_n, i_hv, o_k + s * BS, i_v, N, HV, K, V, BV)
             b_state = tl.load(p_state + o_state, mask=m_state, other=0.0).to(tl.float32)
             b_x = b_x + (tl.where(is_n, -b_state, b_state),)
         else:
@@ -100,7 +100,7 @@ def store_state(
 ):  # fmt: skip
     """The inverse of load_state."""
     for s in tl.static_range(NS):
-        o_state, m_state, is_n = state_tile(i_n, i_hv, s * BS + o_k, i_v, N, HV, K, V, BV)
+        o_state, m_state, is_n = state_tile(i_n, i_hv, o_k + s * BS, i_v, N, HV, K, V, BV)
         tl.store(p_state + o_state, tl.where(is_n, -b_x[s], b_x[s]), mask=m_state)
 
 
@@ -109,7 +109,7 @@ def load_slices(p_x, m_t, o_k, K: tl.constexpr, NS: tl.constexpr, BS: tl.constex
     """Rows of K elements at p_x [C, BS], where m_t, in NS slices of BS columns."""
     slices = ()
     for s in tl.static_range(NS):
-        mask = m_t[:, None] & (s * BS + o_k < K)[None, :]
+        mask = m_t[:, None] & (o_k + s * BS < K)[None, :]
         slices = slices + (tl.load(p_x + s * BS, mask=mask, other=0.0),)
     return slices
 

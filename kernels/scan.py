@@ -213,7 +213,7 @@ def scan_bwd_kernel(
         for s in tl.static_range(NS):
             b_state = b_x[s].to(b_t.dtype)
             if dstates_ptr is not None:
-                m_kept = m_rows[:, None] & (s * BS + o_k < K)[None, :]
+                m_kept = m_rows[:, None] & (o_k + s * BS < K)[None, :]
                 tl.store(dstates_ptr + o_x + o_kept + s * BS, b_state, mask=m_kept)
             b_dr = tl.dot(b_state, tl.trans(b_k[s]), acc=b_dr, input_precision=PRECISION)
         b_dr *= scale_rows(tl.load(p_c + WRITE_S * C + o_pair), NB, C)
