@@ -164,6 +164,7 @@ class GdnFlashQla(Provider):
     install = "pip install flash-qla"
     devices = ("cuda",)
     dtypes = ("float16", "bfloat16")
+    built_in_chunk_size = 64
     head_dims = ((128, 128),)
 
     def _supports(self, workload: Workload, mode: str) -> str | None:

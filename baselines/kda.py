@@ -197,6 +197,7 @@ class KdaFlashKda(Provider):
     install = "pip install --no-build-isolation git+https://github.com/MoonshotAI/FlashKDA"
     devices = ("cuda",)
     dtypes = ("bfloat16",)
+    built_in_chunk_size = 16
     head_dims = ((128, 128),)
     modes = ("forward",)
     least_log_alpha: ClassVar[float] = -5.0

@@ -165,6 +165,7 @@ class MdnAuthors(_OfTheAuthors):
     """
 
     name = "mdn-authors"
+    built_in_chunk_size = 64
     shares_process = False
 
     def missing(self) -> str | None:

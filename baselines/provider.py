@@ -92,6 +92,7 @@ class Provider:
         install: the command that installs that package.
         devices, dtypes: what it runs on.
         chunk_sizes: the chunk sizes it can use; None when it has no such parameter.
+        built_in_chunk_size: that of a provider without such a parameter whose operator has chunks, for `flops`.
         head_dims: the pairs (head_dim_k, head_dim_v) it can use, where these are few; None means no such list.
         modes: the modes it can run, of "forward", "backward", "forward_backward".
         cuda_graph: whether its calls may be captured in a CUDA graph.
@@ -105,6 +106,7 @@ class Provider:
     devices: ClassVar[tuple[str, ...]] = DEVICES
     dtypes: ClassVar[tuple[str, ...]] = DTYPES
     chunk_sizes: ClassVar[tuple[int, ...] | None] = None
+    built_in_chunk_size: ClassVar[int | None] = None
     head_dims: ClassVar[tuple[tuple[int, int], ...] | None] = None
     modes: ClassVar[tuple[str, ...]] = ("forward", "backward", "forward_backward")
     cuda_graph: ClassVar[bool] = True
@@ -143,6 +145,12 @@ class Provider:
         if self.package is None or _is_installed(self.package):
             return None
         return f"the package {self.package} is not installed: {self.install}"
+
+    def flops(self, workload: Workload, mode: str) -> int | None:
+        """As `Operator.flops`, with the chunk size that is built in where the workload has none."""
+        if workload.chunk_size is None:
+            workload = workload.with_(chunk_size=self.built_in_chunk_size)
+        return self.operator.flops(workload, mode)
 
     def _supports(self, workload: Workload, mode: str) -> str | None:
         """Further conditions of a subclass: None, or the reason in one sentence."""

@@ -70,7 +70,8 @@ SweepDevice = Annotated[
 ]
 Gates = Annotated[str | None, typer.Option("--gates", metavar="NAME", help="Gate profile. Default: mild.")]
 GateProfiles = Annotated[
-    list[str] | None, typer.Option("--gates", metavar="NAMES", help="Gate profiles: layer,beta=0. Default: all.")
+    list[str] | None,
+    typer.Option("--gates", metavar="NAMES", help="Gate profiles: layer,beta=0, or all. Default: all."),
 ]
 Seed = Annotated[str | None, typer.Option("--seed", metavar="INT", help="Seed of the inputs. Default: 0.")]
 TimeLimit = Annotated[str | None, typer.Option("--time-limit", metavar="SECONDS", help="Of sampling a point, at most.")]
@@ -91,7 +92,9 @@ Out = Annotated[
 ReportOut = Annotated[
     Path | None,
     typer.Option(
-        "--out", metavar="FOLDER", help="Folder to write to. Default: the run's own; for several, runs/<time>-report."
+        "--out",
+        metavar="FOLDER",
+        help="Folder to write to. Default: the run's own; for several, or chosen rows, runs/<time>-report.",
     ),
 ]
 Resume = Annotated[

@@ -12,7 +12,7 @@ from mdnbench.baselines.workload import Workload
 from .costs import costs
 from .requests import Check, PointFailed
 from .results import Point, Record
-from .spec import SETUP_LIMIT_S, operators_of, providers_alone
+from .spec import SETUP_LIMIT_S, providers_alone, providers_of
 from .sweep import make_record
 from .worker import Workers
 
@@ -68,16 +68,17 @@ def check_profiles(
         RuntimeError: when no worker process can be started.
     """
     limit_s = SETUP_LIMIT_S[device.partition(":")[0]] if limit_s is None else limit_s
-    operators = operators_of(tuple({point.provider for point in points}))
-    workers = Workers(device, log_path, providers_alone(tuple(operators)))
+    providers = providers_of(tuple({point.provider for point in points}))
+    workers = Workers(device, log_path, providers_alone(tuple(providers)))
     try:
         for point in points:
             worker = workers.of(point.provider)
-            operator = operators[point.provider]
+            provider = providers[point.provider]
+            operator = provider.operator.name
             try:
-                record = make_record(point, operator.name, seed, worker.check(Check(point, seed), limit_s))
+                record = make_record(point, operator, seed, worker.check(Check(point, seed), limit_s))
             except PointFailed as stop:
-                record = make_record(point, operator.name, seed, stop.failure.found, failure=stop.failure)
-            yield replace(record, **costs(operator, point))
+                record = make_record(point, operator, seed, stop.failure.found, failure=stop.failure)
+            yield replace(record, **costs(provider, point))
     finally:
         workers.stop()

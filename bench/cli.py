@@ -110,6 +110,7 @@ def sweep(
     }  # fmt: skip
     with validating():
         from . import options, views
+        from .listing import refused_chunk_sizes
         from .spec import estimate_seconds, plan
 
         spec = options.resumed_or_new_spec(out, resume, preset, given, planning=dry_run)
@@ -122,6 +123,8 @@ def sweep(
         options.device_name(spec.device)
     except ValueError as fault:
         warn(f"this is a plan for another machine: {fault}")
+    for sentence in refused_chunk_sizes(points):
+        warn(sentence)
     if as_json:
         _print_json(
             {"provider": p.provider, **p.workload.to_dict(), "mode": p.mode, "regime": p.regime} for p in points

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 Profiles = Annotated[
     list[str] | None,
-    typer.Option(
-        "--profiles", metavar="NAMES", help="As --gates, or all; shows a heat map with the error of every tensor."
-    ),
+    typer.Option("--profiles", metavar="NAMES", help="As --gates; shows a heat map with the error of every tensor."),
 ]
 CheckOut = Annotated[
     Path | None, typer.Option("--out", metavar="FOLDER", help="Keep the checks as a run, for mdnbench report.")
@@ -56,7 +54,9 @@ def check(
         if gates and profiles:
             raise BadInput("--profiles and --gates both name gate profiles: use one of them")
         place = options.device_name(device)
-        points = options.check_points(provider, gates or _named(profiles), dtype, place)
+        points = options.check_points(
+            provider, gates or profiles, dtype, place, option="--profiles" if profiles else "--gates"
+        )
         if out is not None:
             options.check_folder(out, resume=False)
     facts = environment.collect(place) if out or markdown or html else {}
@@ -80,10 +80,6 @@ def check(
     _write("--markdown", markdown, accuracy.markdown([run]))
     _write("--html", html, pages.page([run]) if html else "")
     raise typer.Exit(any(record.status not in ("ok", "unsupported") for record in records))
-
-
-def _named(profiles: list[str] | None) -> list[str] | None:
-    return None if profiles in (None, ["all"]) else profiles
 
 
 def _write(option: str, path: Path | None, text: str) -> None:

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .profiling import Profile
+    from .results import Point
 
 PROFILE_FILE = "profile.json"
 MOST_KERNELS = 12  # in the table on the terminal; the file has all
+LIMIT_S = 3600.0  # of one provider: what hangs ends at last
 
 Providers = Annotated[
     list[str], typer.Argument(metavar="PROVIDER...", help="Providers, or operators for all of theirs: mdn-torch,gdn.")
@@ -45,6 +47,7 @@ def profile_providers(
     chunk_size: ChunkSize = "64",
     batch: Batch = "1",
     heads: Heads = "4",
+    value_heads: arg.ValueHeads = None,
     mode: Mode = "forward",
     dtype: arg.Dtype = "auto",
     device: arg.Device = "auto",
@@ -56,27 +59,32 @@ def profile_providers(
     """Show where the time of a call goes.
 
     Kernels by time, launches, gaps and allocations, by torch.profiler; a bar a provider by stage, and the Chrome
-    traces, for Perfetto. Calls follow one another without emptying the cache.
+    traces, for Perfetto. Calls follow one another without emptying the cache. Each provider runs in a process of its
+    own. The exit code is 1 when one failed.
     """
     with validating():
-        from mdnbench.baselines.workload import DTYPES, Workload
+        from mdnbench.baselines.workload import Workload
 
         from . import options, parse
-        from .presets import AUTO, DEFAULT_DTYPE
-        from .results import MODES
+        from .requests import PointFailed
+        from .results import MODES, Point
+        from .sweep import WORKER_LOG
 
         place = options.device_name(device)
         kind = place.partition(":")[0]
-        name = DEFAULT_DTYPE[kind] if dtype == AUTO else parse.parse_choices("--dtype", [dtype], DTYPES)[0]
+        groups = parse.parse_int("--heads", heads)
+        spread = None if value_heads is None else parse.parse_int("--value-heads", value_heads)
+        options.check_value_heads(groups, spread)
         chosen_mode = _one(parse.parse_choices("--mode", [mode], MODES), "--mode", mode)
         workload = Workload(
             seq_len=_one(parse.parse_ints("--seq-len", seq_len), "--seq-len", seq_len),
             head_dim_k=parse.parse_int("--head-dim", head_dim),
             head_dim_v=parse.parse_int("--v-head-dim", v_head_dim or head_dim),
             batch=parse.parse_int("--batch", batch),
-            heads=parse.parse_int("--heads", heads),
+            heads=groups,
+            value_heads=spread,
             chunk_size=parse.parse_int("--chunk-size", chunk_size),
-            dtype=name,
+            dtype=options.one_dtype(dtype, place),
             device=kind,
             gates=options.parse_gates(gates) if gates else "mild",
         )
@@ -85,9 +93,7 @@ def profile_providers(
         folder = out or new_folder("profile")
         if folder.exists() and not folder.is_dir():
             raise BadInput(f"--out {str(folder)!r} is a file: give a folder")
-    found, reasons = [], []
-    from .profiling import record
-
+    found, reasons, failed = [], [], False
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
@@ -99,19 +105,39 @@ def profile_providers(
             reasons.append(f"{provider.name}: {reason}")
             continue
         try:
-            found.append(record(provider, its, chosen_mode, place, count, folder / f"trace-{provider.name}.json.gz"))
-        except Exception as fault:  # a provider's: its line says so, the others have theirs
-            reasons.append(f"{provider.name} failed: {type(fault).__name__}: {fault}".splitlines()[0])
+            found.append(_record(Point(provider.name, its, chosen_mode, "eager"), place, count, folder))
+        except PointFailed as stop:  # its line says so, the others have theirs
+            reasons.append(f"{provider.name} failed: {stop.failure.reason}")
+            failed = True
+        except RuntimeError as fault:  # no process comes up
+            reasons.append(f"{provider.name} failed: {fault}")
+            failed = True
     for reason in reasons:
         fail(reason)
-    if not found:
-        raise typer.Exit(1)
-    _save_and_show(found, folder, as_json)
+    if failed:
+        fail(f"what the providers printed is in {folder / WORKER_LOG}")
+    if found:
+        _save_and_show(found, folder, as_json)
+    raise typer.Exit(failed or not found)
+
+
+def _record(point: Point, device: str, calls: int, folder: Path) -> Profile:
+    """The profile of a point, recorded in a process that ends with it: what a provider does to its process, such as
+    importing another package by the name of an installed one, concerns no other provider."""
+    from .requests import Trace
+    from .sweep import WORKER_LOG
+    from .worker import Worker
+
+    worker = Worker(device, folder / WORKER_LOG)
+    try:
+        return worker.trace(Trace(point, calls, folder / f"trace-{point.provider}.json.gz"), LIMIT_S)
+    finally:
+        worker.stop()
 
 
 def _one(values: tuple[Any, ...], option: str, text: str) -> Any:
     if len(values) != 1:
-        raise ValueError(f"{option} {text!r}: a profile has one workload")
+        raise ValueError(f"{option} {text!r}: a profile has one workload, so give one; mdnbench sweep takes several")
     return values[0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,11 +27,20 @@ Latex = Annotated[Path | None, typer.Option("--latex", metavar="FILE", help="Wri
 Style = Annotated[
     str, typer.Option("--style", metavar="NAME", help="Of the figures: screen, or paper (serif, no titles).")
 ]
+VHeadDim = Annotated[str | None, typer.Option("--v-head-dim", metavar="INTS", help="Value dimension V of a head.")]
+Gates = Annotated[list[str] | None, typer.Option("--gates", metavar="NAMES", help="Gate profiles. Default: all.")]
 
 
 @app.command()
 def report(
     runs: arg.Runs,
+    provider: arg.Provider = None,
+    seq_len: arg.SeqLen = None,
+    head_dim: arg.HeadDim = None,
+    v_head_dim: VHeadDim = None,
+    mode: arg.Modes = None,
+    regime: arg.Regimes = None,
+    gates: Gates = None,
     out: arg.ReportOut = None,
     html: Html = None,
     latex: Latex = None,
@@ -40,7 +49,8 @@ def report(
 ) -> None:
     """Make tables, plots and the HTML page of runs.
 
-    With --html or --latex and without --out, those files alone are written.
+    With --html or --latex and without --out, those files alone are written. The options from --provider to --gates
+    choose rows, of which all of it is then made.
     """
     from mdnbench.reports.plots import check_style
     from mdnbench.reports.runs import is_report, load_runs
@@ -52,19 +62,33 @@ def report(
         runs = [path for path in runs if path not in reports]
         for path in reports:
             warn(f"{path} is passed over: it holds a report and no results")
+    asked = {
+        "--provider": provider, "--seq-len": seq_len, "--head-dim": head_dim, "--v-head-dim": v_head_dim,
+        "--mode": mode, "--regime": regime, "--gates": gates,
+    }  # fmt: skip
     with validating():
         check_style(style)
-        loaded = complete(load_runs(runs))
+        loaded = complete(_kept(load_runs(runs), asked))
     files = {"--html": (html, _html), "--latex": (latex, _latex)}
     written = [_write(option, path, make(loaded)) for option, (path, make) in files.items() if path is not None]
-    if out is None and not written:
-        out = new_folder("report") if len(loaded) > 1 else results_path(runs[0]).parent
+    if out is None and not written:  # a run's own folder has the report of all its rows
+        own = len(loaded) == 1 and not any(asked.values())
+        out = results_path(runs[0]).parent if own else new_folder("report")
     try:
         show_reports(loaded, out, as_json, style, written)
     except OSError as fault:
         if isinstance(fault, BrokenPipeError):  # of whoever reads the table
             raise
         raise BadInput(f"--out {str(out)!r} cannot be written to ({fault.strerror}): choose another folder") from None
+
+
+def _kept(runs: Sequence[Run], asked: Mapping[str, str | Sequence[str] | None]) -> list[Run]:
+    """The runs with the rows that are asked for; without the runs that have none."""
+    from .kept_rows import keeper
+
+    keep = keeper(asked, [record for run in runs for record in run.records])
+    found = [dataclasses.replace(run, records=list(filter(keep, run.records))) for run in runs]
+    return [run for run in found if run.records]
 
 
 def complete(runs: Sequence[Run]) -> list[Run]:

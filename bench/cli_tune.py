@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
     from mdnbench.baselines.workload import Workload
 
     from .tune_log import Choice, TuneLog
+    from .tune_views import TuneDisplay
 
 OPERATORS = ("mdn",)
 PRESETS = "paper-400m,paper-1.3b,long-context"
 RUN_NAME = "tune"
+_TAKES = {"--show": (), "--verify": ("--jobs",), "--export": ("--out",)}  # of the options of a search
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 Operator = Annotated[str, typer.Option("--operator", metavar="NAME", help="Whose kernels: mdn.")]
@@ -83,8 +87,11 @@ def tune(
         if operator not in OPERATORS:
             raise BadInput(f"--operator {operator!r} has no kernels to tune: choose from {', '.join(OPERATORS)}")
         asked = [name for name, value in (("--show", show), ("--verify", verify), ("--export", export)) if value]
-        if len(asked) > 1 or (asked and resume):
-            raise BadInput(f"{' and '.join(asked[:2] if len(asked) > 1 else [asked[0], '--resume'])}: give one of them")
+        others = {"--resume": resume or None, "--budget": budget, "--jobs": jobs, "--out": out}
+        if asked:
+            asked += [name for name, value in others.items() if value is not None and name not in _TAKES[asked[0]]]
+        if len(asked) > 1:
+            raise BadInput(f"{asked[0]} and {asked[1]}: give one of them")
         workloads = shapes_of(shapes, given)
         seconds = None if budget is None else parse_duration("--budget", budget)
         workers = _jobs(jobs)
@@ -109,6 +116,8 @@ def shapes_of(presets: str | None, given: dict[str, Any]) -> list[Workload]:
     Raises:
         ValueError: for bad input, naming the option.
     """
+    from mdnbench.baselines.registry import get_provider
+
     from . import options, parse, tune
     from . import presets as stored
     from .spec import plan
@@ -117,11 +126,20 @@ def shapes_of(presets: str | None, given: dict[str, Any]) -> list[Workload]:
     names = parse.parse_choices(
         "--shapes", [presets or (PRESETS.partition(",")[0] if sized else PRESETS)], stored.preset_names()
     )
+    sizes = get_provider("mdn-triton").chunk_sizes
     found = {}
     for name in names:
         spec = options.sweep_spec(name, {**given, "provider": ["mdn-triton"], "device": "cuda"}, 0, planning=True)
         for point in plan(spec):
-            found.setdefault(tune.key_of(point.workload, "forward"), point.workload)
+            w = point.workload
+            if w.chunk_size not in sizes:
+                raise ValueError(f"--chunk-size {w.chunk_size} is not offered: use one of {', '.join(map(str, sizes))}")
+            if w.value_heads != w.heads:
+                raise ValueError(
+                    f"--value-heads {w.value_heads} for {w.heads} heads: stored configurations serve calls with as "
+                    f"many value heads as heads; tune with --heads {w.value_heads}"
+                )
+            found.setdefault(tune.key_of(w, "forward"), w)
     return list(found.values())
 
 
@@ -223,70 +241,103 @@ def _tune(
     gpu = tune.known_gpus(device)[0]
     _select(device)
     with validating():
+        tune.store.check_writable(gpu)
         folder = _folder(out, resume)
         log = tune.open_log(folder, gpu, resume)
     deadline = None if seconds is None else time.monotonic() + seconds
+    go_on = f"go on with: mdnbench tune --resume --out {shlex.quote(str(folder))}"
+
+    def search(number: int, workload: Workload, display: TuneDisplay) -> list[Choice]:
+        left = None
+        if deadline is not None:
+            left = max(1.0, deadline - time.monotonic()) / (len(workloads) - number)
+        return tune.tune(workload, gpu, log, Settings(jobs=jobs, seconds=left), display)
+
+    found, missing, failures, code = _for_each(workloads, log, search)
+    _report(found, log)
+    for workload, direction in missing:
+        name = f"{direction} {workload.label()}"
+        if tune.unfinished(log, workload, direction):
+            failures.append(f"{name}: the time was too short, and nothing is stored for it; {go_on}")
+        else:
+            failures.append(f"{name}: nothing was right; the reasons are in {log.path}")
+    for failure in failures:
+        fail(failure)
+    if code == INTERRUPTED:
+        fail(f"stopped; nothing found is lost, {go_on}")
+    changed = sum(what != tune_views.INCUMBENT for _, what in found)
+    if found:
+        store = tune.store
+        saved = store.file_of(store.user_folder(), gpu.name)
+        print(f"{changed} of {len(found)} changed, {len(found) - changed} keep their configuration; saved in {saved}")
+    return code or (1 if missing or failures else 0)
+
+
+def _verify(workloads: list[Workload], device: str, jobs: int) -> int:
+    from . import tune
+    from .tune_interface import Settings
+
+    gpu = tune.known_gpus(device)[0]
+    _select(device)
+    folder = Path(tempfile.mkdtemp(prefix="mdnbench-verify-"))
+    log = tune.open_log(folder, gpu, resume=False)
+
+    def search(number: int, workload: Workload, display: TuneDisplay) -> list[Choice]:
+        return tune.verify(workload, gpu, log, Settings(jobs=jobs), display)
+
+    found, missing, failures, code = _for_each(workloads, log, search)
+    if not failures:  # one may name a file there
+        shutil.rmtree(folder)
+    _report(found, log)
+    for failure in failures:
+        fail(failure)
+    if code == INTERRUPTED:
+        fail("stopped: what is above was verified")
+    wrong = len(missing) + sum(it.incumbent_latency_ms is None for it, _ in found)
+    loss = max((1 - choice.ratio for choice, _ in found), default=0.0)
+    if found or missing:
+        print(
+            f"what is in use loses at most {100 * loss:.1f} % to its runner-ups and the table; {wrong} are no longer "
+            f"right"
+        )
+    return code or (1 if wrong or failures else 0)
+
+
+def _for_each(
+    workloads: list[Workload], log: TuneLog, search: Callable[[int, Workload, TuneDisplay], list[Choice]]
+) -> tuple[list[tuple[Choice, str]], list[tuple[Workload, str]], list[str], int]:
+    """Search for one workload after the other, and close the log.
+
+    Returns:
+        The choices with what they change; workload and direction of those that there are none for; a line for each
+        workload that cannot be searched for, and for a search that cannot go on; the exit code of one that was stopped,
+        else 0.
+    """
+    from . import tune, tune_views
+
     found: list[tuple[Choice, str]] = []
+    missing: list[tuple[Workload, str]] = []
     failures: list[str] = []
     code = 0
     try:
         with tune_views.TuneDisplay() as display:
             for number, workload in enumerate(workloads):
                 display.heading = f"{number + 1}/{len(workloads)} {workload.label()}"
-                left = None
-                if deadline is not None:
-                    left = max(1.0, deadline - time.monotonic()) / (len(workloads) - number)
-                settings = Settings(jobs=jobs, seconds=left)
                 try:
-                    choices = tune.tune(workload, gpu, log, settings, display)
+                    choices = search(number, workload, display)
                 except (OSError, ValueError) as fault:  # a shape that does not fit, a store that cannot be written
                     failures.append(f"{workload.label()}: {fault}")
-                    choices = []
-                found += [(choice, tune.words(choice, log)) for choice in choices]
-                code = code if len(choices) == len(tune.DIRECTIONS) else 1
+                    continue
+                found += [(choice, tune_views.words(choice, log)) for choice in choices]
+                chosen = [choice.tunable.split()[0] for choice in choices]
+                missing += [(workload, direction) for direction in tune.DIRECTIONS if direction not in chosen]
     except KeyboardInterrupt:
         code = INTERRUPTED
     except RuntimeError as fault:  # no process comes up
-        fail(f"{fault}; see {folder}/worker.log")
-        code = 1
+        failures.append(f"{fault}; see {log.path.with_name('worker.log')}")
     finally:
         log.close()
-    _report(found, log)
-    for failure in failures:
-        fail(failure)
-    if code == INTERRUPTED:
-        fail(f"stopped; nothing found is lost, go on with: mdnbench tune --resume --out {shlex.quote(str(folder))}")
-    elif len(found) < len(workloads) * len(tune.DIRECTIONS):
-        fail(f"for some shapes nothing was right, or the time was over; the reasons are in {log.path}")
-    changed = sum(what != tune.INCUMBENT for _, what in found)
-    if found:
-        store = tune.store
-        saved = store.file_of(store.user_folder(), gpu.name)
-        print(f"{changed} of {len(found)} changed, {len(found) - changed} keep their configuration; saved in {saved}")
-    return code
-
-
-def _verify(workloads: list[Workload], device: str, jobs: int) -> int:
-    from . import tune, tune_views
-    from .tune_interface import Settings
-
-    gpu = tune.known_gpus(device)[0]
-    _select(device)
-    found: list[tuple[Choice, str]] = []
-    with tempfile.TemporaryDirectory(prefix="mdnbench-verify-") as folder, tune_views.TuneDisplay() as display:
-        log = tune.open_log(Path(folder), gpu, resume=False)
-        for number, workload in enumerate(workloads):
-            display.heading = f"{number + 1}/{len(workloads)} {workload.label()}"
-            choices = tune.verify(workload, gpu, log, Settings(jobs=jobs), display)
-            found += [(choice, tune.words(choice, log)) for choice in choices]
-        log.close()
-    _report(found, log)
-    wrong = len(workloads) * len(tune.DIRECTIONS) - sum(it.incumbent_latency_ms is not None for it, _ in found)
-    loss = max((1 - choice.ratio for choice, _ in found), default=0.0)
-    print(
-        f"what is in use loses at most {100 * loss:.1f} % to its runner-ups and the table; {wrong} are no longer right"
-    )
-    return 1 if wrong else 0
+    return found, missing, failures, code
 
 
 def _select(device: str) -> None:

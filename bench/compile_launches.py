@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mdnbench.kernels import backward, forward, recurrent
-from mdnbench.kernels.config import choose_backward_config, choose_config
+from mdnbench.kernels.config import BackwardConfig, KernelConfig, choose_backward_config, choose_config
 from mdnbench.kernels.launch import Launch
 
 from .code_figures import TARGETS, count_ptx, count_sass, programs_per_multiprocessor
@@ -81,6 +81,7 @@ def launches_of(
     packed: bool = False,
     states: bool = True,
     chunk_size: int = 64,
+    config: dict[str, int | None] | None = None,
 ) -> list[Recorded]:
     """Every launch of a pass, from tensors without memory.
 
@@ -93,6 +94,8 @@ def launches_of(
         packed: whether B sequences are packed into one batch of T tokens.
         states: whether there is an initial state, and the final one is returned.
         chunk_size: of the chunk form.
+        config: fields of the configuration of a "chunk" or "backward", in place of the table's. The forward is then
+            that of a training call, which stored configurations are for: it keeps the errors.
     """
     element = getattr(torch, dtype)
     cu_seqlens = torch.empty(B + 1, dtype=torch.int64, device="meta") if packed else None
@@ -109,14 +112,16 @@ def launches_of(
         if form == "recurrent":
             recurrent.recurrent_forward(*arguments)
         elif form == "chunk":
-            forward.chunk_forward(*arguments, chunk_size, config=choose_config(*shape))
+            chosen = choose_config(*shape) if config is None else KernelConfig(**config)
+            forward.chunk_forward(*arguments, chunk_size, config=chosen, keep_errors=config is not None)
         else:
             with recorded():
                 kept = forward.chunk_forward(*arguments, chunk_size, config=choose_config(*shape), keep_errors=True)
             del arguments[10]
+            chosen = choose_backward_config(*shape) if config is None else BackwardConfig(**config)
             backward.chunk_backward(
                 *arguments, chunk_size, kept.inverse, kept.coefficients, kept.low, kept.errors, kept.o, kept.o,
-                kept.final_state, [True] * 5 + [free_p, True, True, states], config=choose_backward_config(*shape),
+                kept.final_state, [True] * 5 + [free_p, True, True, states], config=chosen,
             )  # fmt: skip
     return launches
 

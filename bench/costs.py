@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from .results import Point, Record
 
 if TYPE_CHECKING:
-    from mdnbench.baselines.provider import Operator
+    from mdnbench.baselines.provider import Provider
 
 
-def costs(operator: Operator, point: Point) -> dict[str, int | None]:
+def costs(provider: Provider, point: Point) -> dict[str, int | None]:
     """The fields `flops` and `bytes` of a record; None where the operator has no count."""
     try:
         return {
-            "flops": operator.flops(point.workload, point.mode),
-            "bytes": operator.bytes(point.workload, point.mode),
+            "flops": provider.flops(point.workload, point.mode),
+            "bytes": provider.operator.bytes(point.workload, point.mode),
         }
     except Exception:  # a third party's own count: its rows have no rate, and keep their times
         return {"flops": None, "bytes": None}
@@ -25,14 +25,16 @@ def costs(operator: Operator, point: Point) -> dict[str, int | None]:
 
 def with_costs(records: Sequence[Record]) -> list[Record]:
     """The records, with counts where older rows lack them and their provider is known here."""
-    if all(record.bytes is not None for record in records):
+    if all(None not in (record.flops, record.bytes) for record in records):
         return list(records)
     from mdnbench.baselines.registry import providers
 
     known = providers()
-    return [
-        replace(record, **costs(known[record.point.provider].operator, record.point))
-        if record.bytes is None and record.point.provider in known
-        else record
-        for record in records
-    ]
+    return [_with_costs(record, known.get(record.point.provider)) for record in records]
+
+
+def _with_costs(record: Record, provider: Provider | None) -> Record:
+    if provider is None:
+        return record
+    counted = costs(provider, record.point).items()
+    return replace(record, **{name: count for name, count in counted if getattr(record, name) is None})

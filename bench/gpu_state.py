@@ -5,6 +5,7 @@ The readings are taken in the sweep's own process: the worker that measures is n
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -12,13 +13,16 @@ from typing import Any
 
 from .results import GpuReading
 
-SECONDS_BETWEEN_READINGS = 0.1
-MOST_READINGS_DURING = 8  # in a block
+# Readings during a block: the first after so many seconds, each later one when so many times as much has gone by. So a
+# block of whatever length has one in its last third, and a long one has few.
+FIRST_READING_S = 0.01
+TIMES_BETWEEN_READINGS = 1.5
 
 # Bits of nvmlDeviceGetCurrentClocksEventReasons in nvml.h that mean the GPU is slower than it could be. Not among them:
 # idle, clocks that somebody set, and the display's.
 SLOWED_BY = {0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost", 0x20: "heat", 0x40: "heat",
              0x80: "power brake"}  # fmt: skip
+POWER_INSTANT = 186  # NVML_FI_DEV_POWER_INSTANT; nvmlDeviceGetPowerUsage is the average of a second on recent GPUs
 NEEDS_REST = frozenset({"power cap", "heat", "hardware slowdown", "power brake"})
 
 
@@ -61,10 +65,7 @@ class GpuMonitor:
         for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
             if bits is None and hasattr(nvml, name):  # the first since driver 535
                 bits = self._ask(getattr(nvml, name), handle)
-        power, limit = (
-            self._ask(function, handle)
-            for function in (nvml.nvmlDeviceGetPowerUsage, nvml.nvmlDeviceGetEnforcedPowerLimit)
-        )
+        power, limit = self._power_mw(), self._ask(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
         return GpuReading(
             at,
             sm_clock_mhz=self._ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
@@ -85,6 +86,15 @@ class GpuMonitor:
             self._nvml.nvmlShutdown()
             self._nvml = None
 
+    def _power_mw(self) -> int | None:
+        """What the GPU draws at this moment; where the driver has no such field, over about the last second."""
+        nvml, handle = self._nvml, self._handle
+        if hasattr(nvml, "nvmlDeviceGetFieldValues"):
+            fields = self._ask(nvml.nvmlDeviceGetFieldValues, handle, [POWER_INSTANT])
+            if fields is not None and fields[0].nvmlReturn == 0 and fields[0].value.uiVal:
+                return fields[0].value.uiVal
+        return self._ask(nvml.nvmlDeviceGetPowerUsage, handle)
+
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return function(*arguments)
@@ -102,14 +112,24 @@ class BlockWatch:
     def __init__(self, read: Callable[[str], GpuReading | None]) -> None:
         self._read = read
         self._readings = [read("before")]
-        self._next = 0.0
+        self._start: float | None = None
+        self._next = FIRST_READING_S  # after the start
 
-    def __call__(self) -> None:
-        """A reading, unless the last one is fresh or there are enough."""
+    def __call__(self) -> float:
+        """Take a reading if one is due; the first call says that the samples begin now.
+
+        Returns:
+            Seconds until the next one is due.
+        """
+        if self._readings[0] is None:  # no NVML
+            return math.inf
         now = time.monotonic()
-        if now >= self._next and len(self._readings) <= MOST_READINGS_DURING:
+        self._start = now if self._start is None else self._start
+        since = now - self._start
+        if since >= self._next:
             self._readings.append(self._read("during"))
-            self._next = now + SECONDS_BETWEEN_READINGS
+            self._next = TIMES_BETWEEN_READINGS * since
+        return self._next - since
 
     def end(self) -> tuple[GpuReading, ...]:
         """All readings, that after the block last; empty without NVML."""

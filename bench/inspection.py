@@ -1,8 +1,9 @@
 """What the compiled kernels need, for a GPU that is not here: registers, spills, shared memory, instructions by class.
 
 An inspection is a JSON object: schema_version, target, the versions of triton and ptxas; `unsupported`, the reason of
-each case (a name in `CASES`) that the operator refuses on the target; and `launches`, one object a launch with its case
-and the figures of `compile_launches.figures_of`. The same code, Triton and ptxas give the same bytes.
+each case (a name in `CASES` or of `tuned_cases`) that the operator refuses on the target; and `launches`, one object a
+launch with its case and the figures of `compile_launches.figures_of`. The same code, Triton and ptxas give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .code_figures import CLASSES, get_target
 SCHEMA_VERSION = 1
 DEFAULT_TARGET = "sm_90"
 TIME_LIMIT_S = 900
+_TUNED = Path(__file__).resolve().parent.parent / "kernels" / "tuned"
 
 Inspection = dict[str, Any]
 Launch = dict[str, Any]
@@ -49,8 +51,29 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def tuned_cases(capability: int) -> dict[str, dict[str, Any]]:
+    """What is shipped as tuned for GPUs of a compute capability (times ten), in a training call: as `CASES`."""
+    cases = {}
+    for path in sorted(_TUNED.glob("*.json")):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["gpu"]["compute_capability"] != f"{capability // 10}.{capability % 10}":
+            continue
+        for entry in stored["entries"]:
+            key, config = entry["key"], entry["config"]
+            K, V, C = key["head_dim_k"], key["head_dim_v"], key["chunk_size"]
+            heads, tokens = 1 << key["heads_bucket"], 1 << key["length_bucket"]
+            name = f"{path.stem} {key['direction']}, H{heads} T{tokens} K{K} V{V} C{C} {key['dtype']}"
+            if entry["source"] == "tuned":
+                cases[name] = {
+                    "form": "chunk" if key["direction"] == "forward" else "backward", "dtype": key["dtype"],
+                    "B": 1, "T": tokens, "H": heads, "HV": heads, "K": K, "V": V, "chunk_size": C,
+                    "free_p": key["free_p"], "states": False, "config": config,
+                }  # fmt: skip
+    return cases
+
+
 def inspect(target: str = DEFAULT_TARGET) -> Inspection:
-    """Compile every case for a target, without a GPU; half a minute on one core, or less where Triton has it cached.
+    """Compile every case for a target, without a GPU; a minute on one core, or less where Triton has it cached.
 
     Args:
         target: a name in `code_figures.TARGETS`.
@@ -63,7 +86,8 @@ def inspect(target: str = DEFAULT_TARGET) -> Inspection:
     ptxas = environment.ptxas(capability)
     if ptxas is None:
         raise RuntimeError("there is no Triton with a ptxas here: pip install triton, on Linux")
-    found = _compile({name: {**case, "capability": capability} for name, case in CASES.items()})
+    cases = CASES | tuned_cases(capability)
+    found = _compile({name: {**case, "capability": capability} for name, case in cases.items()})
     return {
         "schema_version": SCHEMA_VERSION,
         "target": target,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mdnbench.baselines.provider import Provider
+from mdnbench.baselines.registry import get_provider
 from mdnbench.baselines.workload import DTYPES, Workload
+
+from .results import Point
 
 ASKED_SEQ_LEN, ASKED_HEAD_DIM = 512, 128  # the head dimension that every kernel has
 
@@ -62,3 +67,14 @@ def capabilities(provider: Provider, device: str) -> Capabilities:
         and tuple(size for size in chunk_sizes if any(refusal(*pair, size) is None for pair in taken)),
         cuda_graph=provider.cuda_graph and device == "cuda" and bool(taken),
     )
+
+
+def refused_chunk_sizes(points: Sequence[Point]) -> list[str]:
+    """A sentence for each chunk size that a provider of these points does not take: they will have no time."""
+    of_points = Counter((point.provider, point.workload.chunk_size) for point in points)
+    taken = {name: get_provider(name).chunk_sizes for name, _ in of_points}
+    return [
+        f"{name} takes chunk sizes {', '.join(map(str, taken[name]))} only, not {size}: {count} points get no time"
+        for (name, size), count in of_points.items()
+        if size is not None and size not in taken[name]
+    ]

@@ -7,7 +7,6 @@ a number or None and give it an entry in `METRICS`.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -233,12 +232,9 @@ def host_overheads_ms(records: Sequence[Record]) -> dict[Point, float]:
 
 
 def sm_clock_mhz(record: Record) -> float | None:
-    """Median SM clock while the samples were taken; right after the blocks where these were too short to look into."""
-    for at in ("during", "after"):
-        clocks = [it.sm_clock_mhz for block in record.gpu for it in block if it.at == at and it.sm_clock_mhz]
-        if clocks:
-            return statistics.median(clocks)
-    return None
+    """The lowest SM clock that was read while samples were taken, or right after a block of them."""
+    clocks = (it.sm_clock_mhz for block in record.gpu for it in block if it.at != "before")
+    return min((clock for clock in clocks if clock), default=None)
 
 
 def slowed_by(record: Record) -> tuple[str, ...]:
@@ -265,6 +261,6 @@ METRICS: dict[str, Metric] = {
     "tflops": Metric("Matrix rate", "TFLOP/s", tflops, True),
     "gbps": Metric("Bandwidth, least bytes", "GB/s", gbps, True),
     "arithmetic_intensity": Metric("Arithmetic intensity", "FLOP/byte", arithmetic_intensity, True),
-    "sm_clock_mhz": Metric("SM clock", "MHz", sm_clock_mhz, True),
+    "sm_clock_mhz": Metric("Lowest SM clock", "MHz", sm_clock_mhz, True),
     "first_call_s": Metric("First call", "s", lambda record: record.first_call_s, False),
 }

@@ -19,11 +19,11 @@ from mdnbench.baselines.workload import DTYPES, Workload
 from . import parse
 from .check import plan_checks
 from .presets import AUTO, DEFAULT_DTYPE, DEFAULT_PRESET, load_preset, make_spec, resolve_device
-from .results import MODES, REGIMES, Point, results_path
+from .results import MODES, REGIMES, SWEEP_FILE, Point, results_path
 from .spec import SweepSpec
-from .sweep import SWEEP_FILE
 
 CHECKED = {"seq_len": 257, "head_dim_k": 64, "head_dim_v": 64, "batch": 2, "heads": 2}  # 257: a last chunk of 1 token
+ALL = "all"  # gate profiles of a check
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -85,7 +85,7 @@ def sweep_spec(preset: str | None, given: Mapping[str, Any], cuda_devices: int, 
         "name": ("name", _run_name),
         "time_limit": ("time_limit_s", lambda text: parse.parse_seconds("--time-limit", text)),
         "min_time": ("min_time_s", lambda text: parse.parse_seconds("--min-time", text)),
-        "precision": ("precision", lambda text: parse.parse_percent("--precision", text)),
+        "precision": ("precision", lambda text: parse.parse_percent("--precision", text, zero=False)),
         "batch": ("batch", lambda text: parse.parse_int("--batch", text)),
         "heads": ("heads", lambda text: parse.parse_int("--heads", text)),
         "value_heads": ("value_heads", lambda text: parse.parse_int("--value-heads", text)),
@@ -123,20 +123,41 @@ def device_name(device: str) -> str:
     return resolve_device(device, torch.cuda.device_count())
 
 
-def check_points(provider: Sequence[str] | None, gates: Sequence[str] | None, dtype: str, device: str) -> list[Point]:
+def one_dtype(text: str, device: str) -> str:
+    """--dtype of a command that takes one; "auto" by the device.
+
+    Raises:
+        ValueError: for another name, and for several.
+    """
+    if text == AUTO:
+        return DEFAULT_DTYPE[device.partition(":")[0]]
+    names = parse.parse_choices("--dtype", [text], DTYPES)
+    if len(names) > 1:
+        raise ValueError(
+            f"--dtype {text!r}: give one dtype here, such as --dtype {names[0]}; mdnbench sweep takes several"
+        )
+    return names[0]
+
+
+def check_points(
+    provider: Sequence[str] | None, gates: Sequence[str] | None, dtype: str, device: str, option: str = "--gates"
+) -> list[Point]:
     """The points of `mdnbench check`.
+
+    Args:
+        provider, dtype, device: the values of these options, the device resolved.
+        gates: gate profiles; None, and "all" among them, means all.
+        option: which names them.
 
     Raises:
         ValueError: for an unknown provider, gate profile or dtype, and where nothing is left to check.
     """
     chosen = tuple(select_providers(provider))
-    profiles = parse.parse_choices("--gates", gates, tuple(GATE_PROFILES)) if gates else None
-    kind = device.partition(":")[0]
-    name = "auto" if dtype == "auto" else parse.parse_choices("--dtype", [dtype], DTYPES)[0]
-    template = Workload(**CHECKED, dtype=DEFAULT_DTYPE[kind] if name == "auto" else name, device=kind)
-    points = plan_checks(chosen, template, profiles)
+    profiles = parse.parse_choices(option, gates, (ALL, *GATE_PROFILES)) if gates else (ALL,)
+    template = Workload(**CHECKED, dtype=one_dtype(dtype, device), device=device.partition(":")[0])
+    points = plan_checks(chosen, template, None if ALL in profiles else profiles)
     if not points:
-        raise ValueError(f"--gates {','.join(gates)!r}: no chosen provider reads these gates; leave --gates out")
+        raise ValueError(f"{option} {','.join(gates)!r}: no chosen provider reads these gates; leave {option} out")
     return points
 
 
@@ -155,6 +176,17 @@ def stored_spec(folder: Path) -> SweepSpec:
         raise ValueError(f"--resume: {folder / SWEEP_FILE} is damaged; start in another folder") from None
 
 
+def check_value_heads(heads: int, value_heads: int | None) -> None:
+    """Whether query heads can be shared out among value heads.
+
+    Raises:
+        ValueError: when they cannot, with numbers that are right.
+    """
+    if value_heads and value_heads % heads:
+        right = ", ".join(str(heads * factor) for factor in (1, 2, 3))
+        raise ValueError(f"--value-heads {value_heads} is not a multiple of --heads {heads}: use {right}, ...")
+
+
 def check_folder(folder: Path, resume: bool) -> None:
     """Whether a sweep may go into a folder.
 
@@ -169,10 +201,7 @@ def check_folder(folder: Path, resume: bool) -> None:
 
 def _check_together(values: Mapping[str, Any], device: str) -> None:
     """Options that are right alone and wrong together, said with the names of the options."""
-    heads, value_heads = values.get("heads", SweepSpec.heads), values.get("value_heads")
-    if value_heads and value_heads % heads:
-        right = ", ".join(str(heads * factor) for factor in (1, 2, 3))
-        raise ValueError(f"--value-heads {value_heads} is not a multiple of --heads {heads}: use {right}, ...")
+    check_value_heads(values.get("heads", SweepSpec.heads), values.get("value_heads"))
     other = [regime for regime in values.get("regimes", ()) if regime != "eager"] if device == "cpu" else ()
     if other and values["regimes"] != AUTO:
         raise ValueError(f"--regime {other[0]} needs a GPU, and the device is cpu: use --regime eager")

@@ -83,8 +83,12 @@ def parse_int(option: str, text: str, least: int = 1) -> int:
     return int(text)
 
 
-def parse_percent(option: str, text: str) -> float:
+def parse_percent(option: str, text: str, zero: bool = True) -> float:
     """A part of 1: "3%" and "0.03" are 0.03.
+
+    Args:
+        option, text: as in `parse_ints`.
+        zero: whether 0 is right.
 
     Raises:
         ValueError: for anything that is no number from 0 to below 1.
@@ -93,8 +97,9 @@ def parse_percent(option: str, text: str) -> float:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1.0
-    if not 0 <= value < 1:
-        raise ValueError(f"{option} {text!r} is not between 0% and 100%: write for example {option} 3%")
+    if not 0 <= value < 1 or (value == 0 and not zero):
+        what = "is not between 0% and 100%" if value else "is not above 0%"
+        raise ValueError(f"{option} {text!r} {what}: write for example {option} 3%")
     return value
 
 

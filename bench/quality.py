@@ -17,7 +17,9 @@ from .results import Point, Record
 MOST_CLOCK_DRIFT = 0.03  # between points that are compared
 MOST_SLOW_START = 0.05  # the first block against those after it
 FAR = 14.826  # robust z-score of an outlier: ten times the median distance from the median, of a normal distribution
+FAR_TIMES = 1.05  # and by so much of the median at least: samples that agree to less are no outliers
 MOST_OUTLIERS = 0.02  # part of the samples: fewer are usual
+USUAL_PRECISION = 0.005  # part of the median that the interval of a row without a target should stay within
 
 
 class Note(NamedTuple):
@@ -45,7 +47,7 @@ def notes(record: Record) -> list[Note]:
 
 
 def clock_drift(records: Sequence[Record]) -> str | None:
-    """A sentence, with its remedy, when the SM clocks of points that are compared differ by more than 3 %; else None.
+    """A sentence, with its remedy, when the lowest SM clocks of points that are compared differ by over 3 %; else None.
 
     A comparison is the points of one workload, mode and regime, which are measured in alternation.
     """
@@ -65,7 +67,7 @@ def clock_drift(records: Sequence[Record]) -> str | None:
     (low, slowest), (high, fastest) = min(groups[group]), max(groups[group])
     return (
         f"SM clocks differ by more than {MOST_CLOCK_DRIFT:.0%} in {len(apart)} of {len(groups)} comparisons, at worst "
-        f"by {ratio - 1:.1%} within {group.key.strip()}: {slowest} ran at {low:.0f} MHz, {fastest} at {high:.0f} MHz; "
+        f"by {ratio - 1:.1%} within {group.key.strip()}: {slowest} fell to {low:.0f} MHz, {fastest} to {high:.0f} MHz; "
         f"lock them with nvidia-smi --lock-gpu-clocks={_steady_clock(low)} (as root), or compare the times knowing this"
     )
 
@@ -107,7 +109,7 @@ def _throttled(record: Record) -> Note | None:
         return None
     blocks = sum(any(r.slowed_by for r in block if r.at != "before") for block in record.gpu)
     clock = sm_clock_mhz(record)
-    at = "" if clock is None else f", at {clock:.0f} MHz"
+    at = "" if clock is None else f", down to {clock:.0f} MHz"
     return Note(
         "throttled",
         f"the GPU was held back by {' and '.join(reasons)} in {blocks} of {len(record.gpu)} blocks{at}",
@@ -139,13 +141,14 @@ def _outliers(record: Record) -> Note | None:
     middle = median(record.samples_ms)
     distances = [abs(x - middle) for x in record.samples_ms]
     scale = median(distances)
-    far = [x for x, distance in zip(record.samples_ms, distances) if scale and distance > FAR * scale]
+    far_ms = max(FAR * scale, (FAR_TIMES - 1) * middle)
+    far = [x for x, distance in zip(record.samples_ms, distances) if scale and distance > far_ms]
     if len(far) <= MOST_OUTLIERS * len(distances) or len(far) < 2:
         return None
     farthest = max(far, key=lambda x: abs(math.log(x / middle)))
     return Note(
         "outliers",
-        f"{len(far)} of {len(distances)} samples are far from the median, the farthest {farthest / middle:.1f} "
+        f"{len(far)} of {len(distances)} samples are far from the median, the farthest {farthest / middle:.2f} "
         f"times it",
         "end other programs on this machine and measure again; the median itself is little moved",
         len(far) / len(distances),
@@ -154,12 +157,14 @@ def _outliers(record: Record) -> Note | None:
 
 def _imprecise(record: Record) -> Note | None:
     width, target = half_width(record.samples_ms), record.precision
-    if target is None or (width is not None and width <= target):
+    if width is not None and width <= (USUAL_PRECISION if target is None else target):
         return None
     known = "no interval" if width is None else f"± {width:.1%}"
+    aim = "" if target is None else f" in place of ± {target:.1%}"
+    stop = "" if record.stop_reason is None else f" (stopped by: {record.stop_reason})"
     return Note(
         "imprecise",
-        f"{known} in place of ± {target:.1%} after {len(record.samples_ms)} samples (stopped by: {record.stop_reason})",
+        f"{known}{aim} after {len(record.samples_ms)} samples{stop}",
         "raise --time-limit: four times the samples halve an interval",
         math.inf if width is None else width,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from .results import Point
 
@@ -33,6 +34,15 @@ class Block:
     point: Point
     max_seconds: float
     max_samples: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Record calls of a point under torch.profiler."""
+
+    point: Point
+    calls: int
+    file: Path  # gets the Chrome trace
 
 
 @dataclass(frozen=True)

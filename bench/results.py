@@ -19,6 +19,7 @@ from mdnbench.baselines.workload import Workload
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.jsonl"
+SWEEP_FILE = "sweep.json"  # beside it: what is measured there
 MODES = ("forward", "backward", "forward_backward")
 # How calls reach the device (launched one by one, or replayed from a CUDA graph), and what its L2 cache holds before
 # each: nothing of the call's on a GPU, or, "-warm", what the call before left there. On a CPU nothing is emptied.
@@ -64,7 +65,7 @@ class GpuReading:
     Attributes:
         at: "before", "during" or "after" a block of samples.
         sm_clock_mhz, memory_clock_mhz: present clocks.
-        power_w, power_limit_w: what it draws, and may draw.
+        power_w, power_limit_w: what it draws (where the driver does not tell: drew in the last second), and may draw.
         temperature_c: of the chip.
         slowed_by: why the clocks are below what the GPU could do: of "power cap", "hardware slowdown", "heat",
             "power brake", "sync boost"; empty when they are not, or when idle.
@@ -117,6 +118,8 @@ class Record:
     input_sets: int | None = None  # the calls take so many sets of inputs in turn
     stop_reason: str | None = None  # why sampling ended: one of STOP_REASONS
     precision: float | None = None  # part of the median that its interval was to stay within
+    time_limit_s: float | None = None  # of sampling, at most
+    min_time_s: float | None = None  # of sampling, at least; None: as the limit has it
     idle_s: float | None = None  # pauses between blocks because the GPU was at its power or heat limit
     schema_version: int = SCHEMA_VERSION
 

@@ -1,4 +1,4 @@
-"""What the worker process does with a request: build, check or time a point. A fault becomes a status."""
+"""What the worker process does with a request: build, check, time or profile a point. A fault becomes a status."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mdnbench.baselines.inputs import make_inputs, refused_gates
 from mdnbench.baselines.provider import Inputs, Operator, Provider
 from mdnbench.baselines.registry import providers
 
-from . import correctness, measure, memory
-from .requests import TIMED_CALLS, Block, Check, Failure, PointFailed, Prepare, Prepared
+from . import correctness, measure, memory, profiling
+from .requests import TIMED_CALLS, Block, Check, Failure, PointFailed, Prepare, Prepared, Trace
 from .results import Point
 
 _ILLEGAL_ACCESS = "illegal memory access"  # a fault of the kernel, captured or not
@@ -46,11 +46,13 @@ class Server:
         self.inputs: dict[Operator, list[tuple[Inputs, Tensor]]] = {}
         self.built: dict[Point, list[_Built]] = {}
 
-    def answer(self, request: Prepare | Check | Block) -> Prepared | list[float] | Failure:
+    def answer(self, request: Prepare | Check | Block | Trace) -> Prepared | list[float] | profiling.Profile | Failure:
         """Carry out one request. A provider's fault is an answer, not an exception."""
         try:
             if isinstance(request, Prepare):
                 return self.prepare(request)
+            if isinstance(request, Trace):
+                return self.trace(request)
             return self.check(request) if isinstance(request, Check) else self.block(request)
         except PointFailed as stop:
             failure = stop.failure
@@ -109,6 +111,13 @@ class Server:
         if graph:
             torch.cuda.empty_cache()  # the memory of a graph stays reserved for it until it is released so
         return samples
+
+    def trace(self, request: Trace) -> profiling.Profile:
+        """Record calls of the point."""
+        point = request.point
+        provider = self._provider(point)
+        self.tell_phase("the recording")
+        return profiling.record(provider, point.workload, point.mode, str(self.device), request.calls, request.file)
 
     def _build(self, provider: Provider, point: Point, inputs: Inputs, d_output: Tensor) -> _Built:
         return _Built(provider.build(point.workload, inputs), list(inputs.values()), d_output, point.mode)

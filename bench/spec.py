@@ -12,7 +12,7 @@ from mdnbench.baselines.workload import Workload
 from .results import MODES, REGIMES, Point
 
 if TYPE_CHECKING:
-    from mdnbench.baselines.provider import Operator
+    from mdnbench.baselines.provider import Provider
 
 SETUP_LIMIT_S = {"cpu": 120.0, "cuda": 600.0}  # peers on a GPU autotune for minutes
 SETUP_ESTIMATE_S = {"cpu": 0.4, "cuda": 5.0}
@@ -144,19 +144,17 @@ def plan(spec: SweepSpec) -> list[Point]:
     ]
 
 
-def operators_of(providers: Sequence[str]) -> dict[str, Operator]:
-    """Each provider's operator, by the provider's name."""
+def providers_of(names: Sequence[str]) -> dict[str, Provider]:
+    """The providers of these names, by name."""
     from mdnbench.baselines.registry import get_provider
 
-    return {name: get_provider(name).operator for name in providers}
+    return {name: get_provider(name) for name in names}
 
 
-def providers_alone(providers: Sequence[str]) -> set[str]:
+def providers_alone(names: Sequence[str]) -> set[str]:
     """Those of the providers that need a process of their own, to build what is installed."""
-    from mdnbench.baselines.registry import get_provider
-
-    found = {name: get_provider(name) for name in providers}
-    return {name for name, provider in found.items() if not provider.shares_process and provider.missing() is None}
+    found = providers_of(names).items()
+    return {name for name, provider in found if not provider.shares_process and provider.missing() is None}
 
 
 def estimate_seconds(points: Sequence[Point], spec: SweepSpec) -> float:

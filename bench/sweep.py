@@ -18,13 +18,22 @@ from . import metrics
 from .costs import costs
 from .gpu_state import GpuMonitor, needs_rest
 from .requests import Block, Failure, PointFailed, Prepare, Prepared
-from .results import SCHEMA_VERSION, GpuReading, Point, Record, append_record, now, read_records, results_path
-from .spec import SweepSpec, estimate_seconds, first_difference, operators_of, plan, providers_alone
+from .results import (
+    SCHEMA_VERSION,
+    SWEEP_FILE,
+    GpuReading,
+    Point,
+    Record,
+    append_record,
+    now,
+    read_records,
+    results_path,
+)
+from .spec import SweepSpec, estimate_seconds, first_difference, plan, providers_alone, providers_of
 from .worker import MEMORY_LIMIT_FRACTION, Workers, available_memory_bytes
 
 __all__ = ["Progress", "Summary", "SweepSpec", "estimate_seconds", "plan", "run_sweep"]
 
-SWEEP_FILE = "sweep.json"
 WORKER_LOG = "worker.log"
 
 FINAL_STATUSES = ("ok", "unsupported")  # the others failed: by chance, or by a fault that may be mended by now
@@ -197,7 +206,7 @@ class _Run:
         self.spec, self.folder, self.on_event, self.total = spec, folder, on_event, total
         self.finished = dict(kept)
         self.kept = len(kept)
-        self.operators = operators_of(spec.providers)
+        self.providers = providers_of(spec.providers)
         self.monitor = GpuMonitor(spec.device)
         self.started = time.monotonic()
         memory_limit_bytes = spec.memory_limit_bytes or int(MEMORY_LIMIT_FRACTION * available_memory_bytes())
@@ -254,11 +263,12 @@ class _Run:
         self, point: Point, found: Prepared, sampling: _Sampling | None = None, failure: Failure | None = None
     ) -> None:
         """Write the row of a point."""
-        operator = self.operators[point.provider]
+        provider = self.providers[point.provider]
         record = make_record(
-            point, operator.name, self.spec.seed, found, sampling.samples_ms if sampling else (), failure
+            point, provider.operator.name, self.spec.seed, found, sampling.samples_ms if sampling else (), failure
         )
-        record = replace(record, **costs(operator, point), precision=self.spec.precision)
+        limits = {name: getattr(self.spec, name) for name in ("precision", "time_limit_s", "min_time_s")}
+        record = replace(record, **costs(provider, point), **limits)
         if sampling:
             record = replace(
                 record,

@@ -24,6 +24,7 @@ from mdnbench.baselines.workload import BYTES_PER_ELEMENT, Workload
 from mdnbench.kernels import backward, forward, store
 from mdnbench.kernels.launch import Launch
 from mdnbench.kernels.space import CONFIGS, SPACE, Shape, search_space, table_config
+from mdnbench.kernels.versions import source_hash
 
 from .compile_launches import launching, recorded
 from .measure import open_graph
@@ -37,7 +38,6 @@ DIRECTIONS = tuple(SPACE)
 CHECKED_CHUNKS = 3  # and one token of a fourth, which is then not full
 CHECKED_BATCH = 2
 RUNNER_UPS_KEPT = 3
-INCUMBENT = "the incumbent"  # what `words` says of a choice that changes nothing
 _TIMED_SEED = 0
 # The kernel that the fields with a prefix configure.
 _KERNELS = {"forward": {"prepare": "prepare_fwd_kernel", "scan": "scan_fwd_kernel"}}
@@ -323,7 +323,8 @@ def tune(
         profiles: as in `kernels_of`.
 
     Returns:
-        A choice a direction, its tunable named "forward all ..." or "backward all ...".
+        A choice a direction, its tunable named "forward all ..." or "backward all ...". None for a direction in which
+        nothing is right, nor where the time was over before there was anything to compare with the incumbent.
     """
     incumbents = log.incumbents(workload.label(), {it: in_use(workload, it, gpu)[0] for it in DIRECTIONS})
     with tempfile.TemporaryDirectory(prefix="mdnbench-truth-") as folder:
@@ -333,6 +334,7 @@ def tune(
         settings = replace(settings, seconds=None)  # a few candidates, already compiled: seconds
         try:
             wholes = together(kernels, Search(kernels, log, alone, watch, runner).run())
+            wholes = [it for it in wholes if it.others or not unfinished(log, workload, it.direction)]
             found = {choice.tunable: choice for choice in Search(wholes, log, settings, watch, runner).run()}
         finally:
             runner.stop()
@@ -354,12 +356,10 @@ def open_log(folder: Path, gpu: store.Gpu, resume: bool) -> TuneLog:
     return TuneLog(folder, {"operator": OPERATOR.name, "gpu": gpu._asdict(), "versions": versions}, resume)
 
 
-def words(choice: Choice, log: TuneLog) -> str:
-    """What a choice of `tune` or `verify` changes: fields with their values, and those of the incumbent."""
-    direction, _, label = choice.tunable.split(" ", 2)
-    before = log.incumbents(label, {})[direction]
-    changed = {name: value for name, value in choice.candidate.items() if value != before.get(name)}
-    return " ".join(f"{name}={value} (was {before.get(name)})" for name, value in changed.items()) or INCUMBENT
+def unfinished(log: TuneLog, workload: Workload, direction: str) -> bool:
+    """Whether the time was over before all candidates of the kernels of a direction were tried."""
+    names = [f"{direction} {kernel} {workload.label()}" for kernel in SPACE[direction]]
+    return any(it.tunable in names and it.stage != "done" for it in log.trials.values())
 
 
 def verify(
@@ -395,7 +395,7 @@ def known_gpus(device: str | None) -> list[store.Gpu]:
     if device is not None:
         return [store.gpu_of(torch.device(device).index or 0)]
     files = [path for folder in (store.SHIPPED_FOLDER, store.user_folder()) for path in sorted(folder.glob("*.json"))]
-    return list({gpu.name: gpu for gpu, _ in map(store.read, files)}.values())
+    return list({found[0].name: found[0] for found in map(store.read_if_right, files) if found}.values())
 
 
 def export(gpu: store.Gpu, workloads: Sequence[Workload], folder: Path | None = None) -> tuple[Path, int]:
@@ -404,7 +404,7 @@ def export(gpu: store.Gpu, workloads: Sequence[Workload], folder: Path | None = 
     used with these. Returns the file and how many of its entries are tuned."""
     folder = folder or store.SHIPPED_FOLDER
     path = store.file_of(store.user_folder(), gpu.name)
-    tuned = store.read(path)[1] if path.exists() else []
+    _, tuned = store.read_if_right(path) or (None, [])
     chosen = [entry for workload in workloads for entry in hand_chosen(workload, gpu)]
-    path = store.write(folder, gpu, [*chosen, *tuned], kernels=store.source_hash())
+    path = store.write(folder, gpu, [*chosen, *tuned], kernels=source_hash())
     return path, sum(entry.source == store.TUNED for entry in store.read(path)[1])

@@ -13,8 +13,9 @@ from rich.text import Text
 
 from .console import SECONDS_BETWEEN_LINES, duration, make_console, print_table
 from .tune_interface import Progress
-from .tune_log import STATUSES, Choice, Trial
+from .tune_log import STATUSES, Choice, Trial, TuneLog
 
+INCUMBENT = "the incumbent"  # what `words` says of a choice that changes nothing
 _STYLES = {"ok": "green", "incorrect": "red", "crashed": "red", "timeout": "red", "compile_error": "yellow"}
 
 
@@ -80,6 +81,13 @@ def _short(tunable: str) -> str:
 def _workload(tunable: str) -> str:
     """The rest of it."""
     return " ".join(tunable.split()[2:])
+
+
+def words(choice: Choice, log: TuneLog) -> str:
+    """What a choice of a direction changes: fields with their values, and those of the incumbent."""
+    before = log.incumbents(_workload(choice.tunable), {})[choice.tunable.split()[0]]
+    changed = {name: value for name, value in choice.candidate.items() if value != before.get(name)}
+    return " ".join(f"{name}={value} (was {before.get(name)})" for name, value in changed.items()) or INCUMBENT
 
 
 def show_in_use(console: Console, rows: Sequence[Sequence[str]]) -> None:

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -147,9 +148,7 @@ class _Server:
         try:
             return getattr(self, f"_{request.work}")(request)
         except (Exception, SystemExit) as fault:  # a candidate's: it becomes its status
-            lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-            what = " ... ".join(dict.fromkeys(lines[:1] + lines[-1:]))  # a compiler's last line says what is wrong
-            message = f"{type(fault).__name__}: {what}"[:_LONGEST_MESSAGE].rstrip(": ")
+            message = f"{type(fault).__name__}: {_gist(str(fault))}"[:_LONGEST_MESSAGE].rstrip(": ")
             failure = Failure(_STATUS[request.work], message, healthy=_device_answers())
             if type(fault).__name__ == "OutOfResources":  # Triton's, when the GPU cannot hold a program
                 failure = Failure("pruned", message)
@@ -192,6 +191,13 @@ class _Server:
         if tunable.device.startswith("cuda"):
             gc.collect()
             sys.modules["torch"].cuda.empty_cache()  # the memory of a graph stays reserved for it until then
+
+
+def _gist(message: str) -> str:
+    """The first line, and the one that says what is wrong: ptxas marks it; in other messages it is the last."""
+    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
+    marked = [line for line in lines[1:] if re.search(r"\b(fatal|error)\b *:", line)]
+    return " ... ".join(dict.fromkeys(lines[:1] + (marked[:1] or lines[-1:])))
 
 
 def _name(request: Request) -> str:

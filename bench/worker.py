@@ -11,13 +11,16 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from . import worker_process
-from .requests import TIMED_CALLS, Block, Check, Failure, Phase, PointFailed, Prepare, Prepared
+from .requests import TIMED_CALLS, Block, Check, Failure, Phase, PointFailed, Prepare, Prepared, Trace
 from .results import Point
+
+if TYPE_CHECKING:
+    from .profiling import Profile
 
 POLL_S = 0.03
 START_LIMIT_S = 180.0
@@ -87,12 +90,17 @@ class Worker:
         """Check a point. Raises as `prepare`."""
         return self._ask(request, limit_s, "check")
 
-    def block(self, request: Block, limit_s: float, watch: Callable[[], None] | None = None) -> list[float]:
+    def block(self, request: Block, limit_s: float, watch: Callable[[], float] | None = None) -> list[float]:
         """Samples in ms of a point that this worker has prepared. Raises as `prepare`.
 
-        `watch` is called again and again, in this process, while samples are taken.
+        `watch` is called again and again, in this process, while samples are taken: at least once within the seconds
+        that it returned.
         """
         return self._ask(request, limit_s, "one block of samples", watch)
+
+    def trace(self, request: Trace, limit_s: float) -> Profile:
+        """Record calls of a point. Raises as `prepare`."""
+        return self._ask(request, limit_s, "the recording")
 
     def stop(self) -> None:
         """End the process at once."""
@@ -101,7 +109,8 @@ class Worker:
         self._process.join(timeout=STOP_LIMIT_S)  # a process that waits for a driver cannot be killed
         self._connection.close()
 
-    def _ask(self, request: Any, limit_s: float, work: str, watch: Callable[[], None] | None = None) -> Any:
+    def _ask(self, request: Any, limit_s: float, work: str, watch: Callable[[], float] | None = None) -> Any:
+        self._phase = work  # until it says more: the last phase was of the request before
         try:
             self._connection.send(request)
         except OSError:
@@ -113,12 +122,13 @@ class Worker:
             self.stop()
         raise PointFailed(answer)
 
-    def _await(self, limit_s: float, work: str, watch: Callable[[], None] | None = None) -> Any:
+    def _await(self, limit_s: float, work: str, watch: Callable[[], float] | None = None) -> Any:
         """The next answer; PointFailed when the process ends, or goes beyond a limit and is ended."""
         deadline = time.monotonic() + limit_s
         process = None
+        pause = POLL_S
         while True:
-            multiprocessing.connection.wait([self._connection, self._process.sentinel], timeout=POLL_S)
+            multiprocessing.connection.wait([self._connection, self._process.sentinel], timeout=pause)
             try:
                 while self._connection.poll():
                     answer = self._connection.recv()
@@ -130,7 +140,7 @@ class Worker:
             if not self._process.is_alive():
                 raise self._died()
             if watch is not None and self._phase == TIMED_CALLS:
-                watch()
+                pause = min(POLL_S, watch())
             with contextlib.suppress(psutil.Error):  # it ended just now
                 process = process or psutil.Process(self._process.pid)
                 used = process.memory_info().rss

@@ -26,7 +26,8 @@ def main(connection: Connection, device: str, log_path: str, parent_pid: int) ->
     """Answer requests until the parent closes its end or dies.
 
     Args:
-        connection: carries requests in; `Phase`s and then one `Prepared`, list of samples in ms or `Failure` out.
+        connection: carries requests in; `Phase`s and then one `Prepared`, list of samples in ms, `Profile` or `Failure`
+            out.
         device: "cpu", "cuda" or "cuda:N".
         log_path: everything printed in this process is appended to this file.
         parent_pid: ends this process with its parent.

@@ -98,6 +98,14 @@ def prepare_shared_memory(block_k: int, chunk_size: int, element_bytes: int, fre
     return max(tiles * C * block_k * element_bytes, 2 * C * C * 4) + SHARED_MEMORY_MARGIN
 
 
+def _check_head_dim_k(head_dim_k: int) -> None:
+    if head_dim_k > MAX_HEAD_DIM_K:
+        raise ValueError(
+            f"q has head dimension {head_dim_k}: the GPU kernels take up to {MAX_HEAD_DIM_K}; "
+            f"`mdnbench.kernels.reference.chunk_mdn` takes any"
+        )
+
+
 @functools.cache  # every call of the operator asks
 def choose_config(
     head_dim_k: int,
@@ -122,11 +130,7 @@ def choose_config(
     Raises:
         ValueError: when K is above 256, or no configuration fits the GPU's shared memory, naming what to change.
     """
-    if head_dim_k > MAX_HEAD_DIM_K:
-        raise ValueError(
-            f"q has head dimension {head_dim_k}: the GPU kernels take up to {MAX_HEAD_DIM_K}; "
-            f"`mdnbench.kernels.reference.chunk_mdn` takes any"
-        )
+    _check_head_dim_k(head_dim_k)
     block_k, block_v = block_size(head_dim_k), min(32, block_size(head_dim_v))
     prepare_warps = 4 if chunk_size <= 64 else 8
     max_registers = 168 if chunk_size == 64 and element_bytes == 2 else None
@@ -202,6 +206,7 @@ def choose_backward_config(
     multiprocessors: int,
 ) -> BackwardConfig:
     """The configuration of the backward for a shape; arguments and errors as of `choose_config`."""
+    _check_head_dim_k(head_dim_k)
     block_k, block_v = block_size(head_dim_k), block_size(head_dim_v)
     few = heads * -(-head_dim_v // 16) <= multiprocessors
     wide = _are_tiles_wide(block_k, head_dim_v, heads, multiprocessors) and element_bytes == 2

@@ -66,8 +66,8 @@ def chunk_momentum_delta_rule(
         output_final_state: whether to return S and M after the last token.
         cu_seqlens: [N + 1] int32 or int64, on q's device or on the CPU: sequence n is tokens cu_seqlens[n] up to
             cu_seqlens[n + 1] of the one row of a batch of B = 1. From 0 to T; sequences may be empty. Its values are
-            checked on the host when a tensor is seen first, which synchronises with a GPU; not under torch.compile
-            and CUDA-graph capture.
+            checked on the host: those on a GPU, where that synchronises, when a tensor is seen first; none under
+            torch.compile and CUDA-graph capture.
         use_qk_l2norm_in_kernel: whether q, k and p are divided by their L2 norms first: x / sqrt(sum x^2 + 1e-6).
         use_p_times_alpha: whether p_t is multiplied by alpha_t, so that the prediction is made with the decayed state.
         chunk_size: tokens a chunk: 16, 32, 64 or 128. Changes speed and memory, not the result beyond rounding.
@@ -248,9 +248,10 @@ _bounds_seen: tuple[weakref.ref[Tensor], int, int] | None = None  # the last cu_
 
 
 def _check_bounds(cu_seqlens: Tensor, seq_len: int) -> None:
-    """Check the values once: reading them synchronises with a GPU, and the layers of a model pass the same tensor."""
+    """Check the values, on a GPU once: reading them synchronises, and the layers of a model pass the same tensor. On
+    the CPU reading is free, and NumPy may change what it shares without a new version."""
     global _bounds_seen
-    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
+    version = -1 if cu_seqlens.is_inference() or not cu_seqlens.is_cuda else cu_seqlens._version
     if _bounds_seen and _bounds_seen[0]() is cu_seqlens and _bounds_seen[1:] == (version, seq_len) and version >= 0:
         return
     bounds = cu_seqlens.tolist()

@@ -14,32 +14,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import io
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
-import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from .space import CONFIGS, Config, Shape, why_invalid
+from .versions import Versions, installed_versions
 
 SCHEMA_VERSION = 1
 AUTOTUNE = "MDNBENCH_AUTOTUNE"
 TUNED, HAND_CHOSEN = "tuned", "hand-chosen"
 SHIPPED_FOLDER = Path(__file__).with_name("tuned")
-_SOURCES = ("gates", "prepare", "scan", "states", "gradients", "pairs", "slots", "problem", "forward", "backward")
-_LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
 _FARTHEST = 3  # a doubling of heads, or three of the length: beyond it the table knows better
 _HEADS_WEIGHT = 2  # of a factor of two in heads, against one in length: heads decide which tiles fill the GPU
+
+_Kind = TypeVar("_Kind")
+_types = functools.cache(get_type_hints)
 
 log = logging.getLogger("mdnbench")
 _autotune = os.environ.get(AUTOTUNE) == "1"
@@ -52,15 +51,6 @@ class Gpu(NamedTuple):
     compute_capability: str  # "9.0"
     shared_memory_bytes: int  # a program may use
     multiprocessors: int
-
-
-class Versions(NamedTuple):
-    """What made the code that was found right."""
-
-    kernels: str  # `source_hash`
-    triton: str
-    ptxas: str
-    torch: str  # major.minor
 
 
 class Key(NamedTuple):
@@ -120,7 +110,7 @@ def tuned_config(direction: str, x: Any, q: Any, free_p: bool) -> Config | None:
     key = (direction, device.index, q.dtype, x.K, x.V, x.C, free_p, bucket(x.B * x.HV), bucket(x.T))
     found, tuned = _find(*key)
     if _autotune and not tuned and not free_p:
-        _search(x, q)
+        _search(key[1:], x, q)
         found, _ = _find(*key)
     return found
 
@@ -147,34 +137,35 @@ def look_up(key: Key, gpu: Gpu, versions: Versions | None = None) -> tuple[Entry
     Args:
         versions: that the code is made with; None means those installed.
     """
-    tuned = [entry for entry in entries_of(gpu) if entry.key[:6] == key[:6] and entry.source == TUNED]
-    if not tuned:
+    near = [
+        entry
+        for entry in entries_of(gpu)
+        if entry.source == TUNED and entry.key[:6] == key[:6] and _distance(entry.key, key) <= _FARTHEST
+    ]
+    if not near:
         return None, None
+    near.sort(key=lambda entry: _distance(entry.key, key))
     shape = Shape(
         key.head_dim_k, key.head_dim_v, key.chunk_size, 4 if key.dtype == "float32" else 2, 1 << key.heads_bucket,
         key.free_p, gpu.shared_memory_bytes, gpu.multiprocessors,
     )  # fmt: skip
     versions = versions or installed_versions(gpu.compute_capability)
-    known = "none" not in versions
-    right = [entry for entry in tuned if known and entry.versions == versions and _is_valid(entry, shape)]
-    near = min(right, key=lambda entry: _distance(entry.key, key), default=None)
-    if near is None:
-        return None, (
-            f"what was tuned for {describe(tuned[0].key)} is for {_versions(tuned[0].versions)}, "
-            f"not {_versions(versions)}: it is left out"
-        )
-    if _distance(near.key, key) > _FARTHEST:
-        return None, None
-    if near.key != key:
-        return near, f"{describe(key)} is not tuned on this GPU: it uses what was found for {describe(near.key)}"
-    return near, None
+    faults = [_fault(entry, versions, shape) for entry in near]
+    if None not in faults:
+        return None, f"what was tuned for {describe(near[0].key)} is left out: {faults[0]}"
+    nearest = near[faults.index(None)]
+    if nearest.key != key:
+        return nearest, f"{describe(key)} is not tuned on this GPU: it uses what was found for {describe(nearest.key)}"
+    return nearest, None
 
 
-def _is_valid(entry: Entry, shape: Shape) -> bool:
-    try:
-        return why_invalid(entry.key.direction, CONFIGS[entry.key.direction](**entry.config), shape) is None
-    except (TypeError, KeyError):  # fields of another version of the kernels
-        return False
+def _fault(entry: Entry, versions: Versions, shape: Shape) -> str | None:
+    """Why an entry cannot serve a shape, or None."""
+    if entry.versions != versions:
+        return f"it is for {_versions(entry.versions)}, not {_versions(versions)}"
+    if "none" in versions:
+        return f"of {_versions(versions)} one is not known"
+    return why_invalid(entry.key.direction, CONFIGS[entry.key.direction](**entry.config), shape)
 
 
 def _distance(one: Key, other: Key) -> int:
@@ -221,17 +212,21 @@ def entries_of(gpu: Gpu) -> tuple[Entry, ...]:
     """The user's entries and then the shipped ones. A file that cannot be read counts as empty, with a notice."""
     found: list[Entry] = []
     for place, folder in (("user", user_folder()), ("shipped", SHIPPED_FOLDER)):
-        path = file_of(folder, gpu.name)
-        try:
-            stored, entries = read(path, place)
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as fault:
-            _notice(f"{path} is left out ({fault})")
-            continue
-        if stored.compute_capability == gpu.compute_capability:
+        stored, entries = read_if_right(file_of(folder, gpu.name), place) or (None, [])
+        if stored is not None and stored.compute_capability == gpu.compute_capability:
             found += entries
     return tuple(found)
+
+
+def read_if_right(path: Path, place: str = "user") -> tuple[Gpu, list[Entry]] | None:
+    """As `read`; None where there is no file, and, with a notice, where it cannot be read."""
+    try:
+        return read(path, place)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as fault:
+        _notice(f"{path} is left out ({fault})")
+        return None
 
 
 def read(path: Path, place: str = "user") -> tuple[Gpu, list[Entry]]:
@@ -245,22 +240,46 @@ def read(path: Path, place: str = "user") -> tuple[Gpu, list[Entry]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"its schema version is {content['schema_version']}, not {SCHEMA_VERSION}")
-        return Gpu(**content["gpu"]), [_entry(fields, place) for fields in content["entries"]]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
+        return _made(Gpu, content["gpu"]), [_entry(fields, place) for fields in content["entries"]]
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as fault:
         raise ValueError(f"it is damaged: {type(fault).__name__}: {fault}") from None
 
 
 def _entry(fields: dict[str, Any], place: str) -> Entry:
-    versions = fields["versions"]
-    return Entry(
-        Key(**fields["key"]), dict(fields["config"]), fields["source"], versions and Versions(**versions),
-        fields["latency_ms"], tuple(fields["runner_ups"]), place,
+    """Raises KeyError or TypeError where anything in it is not what the rest reckons with."""
+    key, versions = _made(Key, fields["key"]), fields["versions"]
+    config, *runner_ups = (
+        asdict(_made(CONFIGS[key.direction], it)) for it in (fields["config"], *fields["runner_ups"])
+    )
+    entry = Entry(
+        key, config, fields["source"], None if versions is None else _made(Versions, versions), fields["latency_ms"],
+        tuple(runner_ups), place,
     )  # fmt: skip
+    if min(key.heads_bucket, key.length_bucket) < 0:
+        raise TypeError("a bucket is below 0")
+    if entry.source not in (TUNED, HAND_CHOSEN) or (entry.source == TUNED) != (versions is not None):
+        raise TypeError(f"source {entry.source!r} with versions {versions}")
+    if entry.latency_ms is not None and not _is_a(entry.latency_ms, int | float):
+        raise TypeError(f"latency_ms={entry.latency_ms!r} is no number")
+    return entry
+
+
+def _made(kind: type[_Kind], fields: dict[str, Any]) -> _Kind:
+    """`kind` of these fields. Raises TypeError when there are others, or one has another type than it says."""
+    for name, wanted in _types(kind).items():
+        if name in fields and not _is_a(fields[name], wanted):
+            raise TypeError(f"{name}={fields[name]!r} is not {getattr(wanted, '__name__', wanted)}")
+    return kind(**fields)
+
+
+def _is_a(value: Any, wanted: Any) -> bool:
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
 
 
 def write(folder: Path, gpu: Gpu, entries: Sequence[Entry], kernels: str | None = None) -> Path:
     """Add entries to the file of a GPU in a folder; both are made when absent. One for the same key and versions is
-    replaced, and a hand-chosen one by any for its key. Readers see the old file or the new one. Raises as `read`.
+    replaced, and a hand-chosen one by any for its key. Readers see the old file or the new one; a damaged one is set
+    aside. Raises OSError.
 
     Args:
         kernels: a source hash: what was tuned for other kernels is dropped. None keeps it.
@@ -271,7 +290,7 @@ def write(folder: Path, gpu: Gpu, entries: Sequence[Entry], kernels: str | None 
     path = file_of(folder, gpu.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        before = read(path)[1] if path.exists() else []
+        before = _read_or_set_aside(path)
         kept = {(entry.key, entry.versions): entry for entry in [*before, *entries]}
         if kernels:
             kept = {key: it for key, it in kept.items() if it.versions is None or it.versions.kernels == kernels}
@@ -292,6 +311,34 @@ def write(folder: Path, gpu: Gpu, entries: Sequence[Entry], kernels: str | None 
         os.replace(temporary, path)
     forget()
     return path
+
+
+def _read_or_set_aside(path: Path) -> list[Entry]:
+    """The entries of a file that will be written again; none of a damaged one, which gets another name."""
+    try:
+        return read(path)[1]
+    except FileNotFoundError:
+        return []
+    except ValueError as fault:
+        aside = path.with_name(f"{path.name}.damaged")
+        os.replace(path, aside)
+        log.warning("%s is set aside as %s (%s)", path, aside.name, fault)
+        return []
+
+
+def check_writable(gpu: Gpu) -> None:
+    """Raise ValueError unless the user's file of a GPU can be written later."""
+    path = file_of(user_folder(), gpu.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists():
+            path.read_bytes()
+    except OSError as fault:
+        raise ValueError(
+            f"{path}, where what is found is kept, cannot be written to ({fault.strerror}): set XDG_CACHE_HOME to a "
+            f"folder that can"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -322,70 +369,19 @@ def gpu_of(device_index: int) -> Gpu:
     return Gpu(properties.name, f"{properties.major}.{properties.minor}", *limits)
 
 
-@functools.cache
-def installed_versions(compute_capability: str) -> Versions:
-    """Of the kernels here and of what compiles them; "none" where something is absent."""
-    torch = metadata.version("torch").split(".")
-    return Versions(source_hash(), _version("triton"), ptxas_version(compute_capability), ".".join(torch[:2]))
+_searched: set[tuple[Any, ...]] = set()
 
 
-def _version(package: str) -> str:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return "none"
-
-
-def ptxas_version(compute_capability: str) -> str:
-    """Of the assembler that Triton calls for a GPU, such as 12.8.93; "none" where it cannot be found."""
-    try:
-        from triton.backends.nvidia import compiler
-
-        try:
-            tool = compiler.get_ptxas(int(compute_capability.replace(".", "")))
-        except TypeError:  # Triton 3.4 and before take no architecture
-            tool = compiler.get_ptxas()
-        path = tool[0] if isinstance(tool, tuple) else tool.path
-        text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    except (ImportError, AttributeError, RuntimeError, OSError, subprocess.CalledProcessError):
-        return "none"
-    release = re.search(r"V(\d+\.\d+\.\d+)", text)
-    return release[1] if release else "none"
-
-
-@functools.cache
-def source_hash() -> str:
-    """Of the kernels and their launchers: 12 hexadecimal digits. Comments, docstrings and layout do not count."""
-    digest = hashlib.sha256()
-    for name in _SOURCES:
-        digest.update(code_of(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")).encode())
-    return digest.hexdigest()[:12]
-
-
-def code_of(source: str) -> str:
-    """A source text reduced to what is run."""
-    words, starts = [], True
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in _LAYOUT or (starts and token.type in (tokenize.STRING, tokenize.NEWLINE)):
-            continue  # a docstring, and its end
-        names = {tokenize.NEWLINE: "\n", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
-        words.append(names.get(token.type, token.string))
-        starts = token.type in names
-    # Python 3.12 cuts f-strings into tokens, with and without spaces: the same text for all versions.
-    return "".join(words).replace(" ", "")
-
-
-_searched: set[tuple[str, ...]] = set()
-
-
-def _search(x: Any, q: Any) -> None:
-    """Tune a shape in a process of its own, once: a fault of a candidate ends it and not the caller."""
+def _search(key: tuple[Any, ...], x: Any, q: Any) -> None:
+    """Tune a shape in a process of its own, once for all that `key` holds for: a fault of a candidate ends it and not
+    the caller. Both directions are searched."""
     options = {
         "batch": x.B, "heads": x.H, "value-heads": x.HV, "seq-len": x.T, "head-dim": x.K, "v-head-dim": x.V,
         "chunk-size": x.C, "budget": "5m", "dtype": str(q.dtype).removeprefix("torch."), "device": str(q.device),
     }  # fmt: skip
     arguments = tuple(f"--{name}={value}" for name, value in options.items())
-    if arguments not in _searched:
-        _searched.add(arguments)
+    if key not in _searched:
+        _searched.add(key)
         log.warning("%s=1: mdnbench tune %s", AUTOTUNE, " ".join(arguments))
         command = [sys.executable, "-c", "from mdnbench.bench.cli import main; raise SystemExit(main())", "tune"]
         # The command numbers GPUs by bus unless told otherwise; here they have the numbers that CUDA gives them.

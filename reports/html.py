@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from mdnbench.bench.metrics import METRICS, matrix_peak, median, tolerance
+from mdnbench.bench.metrics import METRICS, matrix_peak, tolerance
 from mdnbench.bench.quality import notes as quality_notes
 from mdnbench.bench.results import GpuReading, Record
 
@@ -34,7 +34,8 @@ SPEED = (
 )  # fmt: skip
 MEMORY = ("peak_memory_bytes", "saved_memory_bytes")
 
-# Columns of the table of rows: key, title, whether it is a number, and whether it is shown at the start.
+# Columns of the table of rows: key, title, whether it is a number, and whether it is shown at the start; None: where
+# rows that are alike in all of _ALIKE differ in it.
 COLUMNS = (
     ("run", "run", False, True),
     ("operator", "operator", False, False),
@@ -42,12 +43,13 @@ COLUMNS = (
     ("mode", "mode", False, True),
     ("regime", "regime", False, True),
     ("cache", "L2", False, False),
-    ("dtype", "dtype", False, False),
-    ("device", "device", False, False),
-    ("gates", "gates", False, False),
+    ("dtype", "dtype", False, None),
+    ("device", "device", False, None),
+    ("threads", "threads", True, None),
+    ("gates", "gates", False, None),
     ("batch", "B", True, True),
     ("heads", "H", True, True),
-    ("value_heads", "HV", True, False),
+    ("value_heads", "HV", True, None),
     ("head_dim_k", "K", True, True),
     ("head_dim_v", "V", True, True),
     ("seq_len", "T", True, True),
@@ -68,6 +70,10 @@ COLUMNS = (
     ("status", "status", False, True),
     ("flags", "flags", False, True),
 )
+_VARIABLES = {"mdn-authors": "MDNBENCH_AUTHORS_PATH=CHECKOUT "}  # before the command; CHECKOUT is the user's own
+_ALIKE = (
+    "provider", "mode", "regime", "batch", "heads", "head_dim_k", "head_dim_v", "seq_len", "chunk_size",
+)  # fmt: skip
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -99,7 +105,7 @@ def to_data(runs: Sequence[Run]) -> dict[str, Any]:
         "title": ", ".join(run.name for run in runs),
         "runs": [_run(run, rows) for run in runs],
         "rows": rows,
-        "columns": [dict(zip(("key", "title", "numeric", "shown"), column)) for column in COLUMNS],
+        "columns": _columns(rows),
         "metrics": _metrics(),
         "speed": SPEED,
         "memory": MEMORY,
@@ -130,10 +136,11 @@ def command(row: tables.Row) -> str:
         given |= {"chunk-size": row["chunk_size"], "batch": row["batch"], "heads": row["heads"]}
         given |= {"value-heads": row["value_heads"] if row["value_heads"] != row["heads"] else None}
         given |= {"mode": row["mode"], "regime": row["regime"], "seed": row["seed"] or None}
+        given |= {"time-limit": row["time_limit_s"], "min-time": row["min_time_s"], "precision": row["precision"]}
     given |= {"dtype": row["dtype"], "device": row["device"], "gates": row["gates"]}
     words = ["mdnbench", "sweep" if timed else "check"]
     words += [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
-    return shlex.join(words)
+    return _VARIABLES.get(row["provider"], "") + shlex.join(words)
 
 
 def _details(row: tables.Row, record: Record) -> dict[str, Any]:
@@ -156,16 +163,15 @@ def _details(row: tables.Row, record: Record) -> dict[str, Any]:
 
 
 def _block_state(block: Sequence[GpuReading]) -> dict[str, Any]:
-    """One block of samples in short: median clock, highest power and temperature, and all that held the GPU back."""
-    readings = [it for it in block if it.at == "during"] or [it for it in block if it.at == "after"]
+    """One block of samples in short: lowest clock, highest power and temperature, and all that held the GPU back."""
+    readings = [it for it in block if it.at != "before"]
 
     def known(name: str) -> list[float]:
         return [value for value in (getattr(it, name) for it in readings) if value is not None]
 
-    clocks = known("sm_clock_mhz")
-    slowed_by = dict.fromkeys(name for it in block if it.at != "before" for name in it.slowed_by)
+    slowed_by = dict.fromkeys(name for it in readings for name in it.slowed_by)
     return {
-        "sm_clock_mhz": median(clocks) if clocks else None,
+        "sm_clock_mhz": min(known("sm_clock_mhz"), default=None),
         "power_w": max(known("power_w"), default=None),
         "temperature_c": max(known("temperature_c"), default=None),
         "slowed_by": list(slowed_by),
@@ -174,9 +180,10 @@ def _block_state(block: Sequence[GpuReading]) -> dict[str, Any]:
 
 def _run(run: Run, rows: Sequence[tables.Row]) -> dict[str, Any]:
     mine = [row for row in rows if row["run"] == run.name]
-    facts = {name: value for name, value in _flat(run.environment).items() if not name.startswith("peaks.")}
+    facts = _flat({name: value for name, value in run.environment.items() if name not in ("time", "peaks")})
     return {
         "name": run.name,
+        "measured": min((row["time"] for row in mine), default="")[:16].replace("T", " "),  # from then on, in UTC
         "description": describe(run.environment) or "environment not recorded",
         "shared": tables.constants(mine),
         "counts": dict(Counter(row["status"] for row in mine).most_common()),
@@ -193,6 +200,19 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
+
+
+def _columns(rows: Sequence[tables.Row]) -> list[dict[str, Any]]:
+    """COLUMNS for these rows: which are shown is decided."""
+
+    def kinds(*keys: str) -> int:
+        return len({tuple(row[key] for key in keys) for row in rows})
+
+    def found(key: str, title: str, numeric: bool, shown: bool | None) -> dict[str, Any]:
+        shown = kinds(*_ALIKE, key) > kinds(*_ALIKE) if shown is None else shown
+        return {"key": key, "title": title, "numeric": numeric, "shown": shown}
+
+    return [found(*column) for column in COLUMNS]
 
 
 def _metrics() -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mdnbench.bench.results import RESULTS_FILE, Record, read_records, results_path
+from mdnbench.bench.results import RESULTS_FILE, SWEEP_FILE, Record, read_records, results_path
 
 ENVIRONMENT_FILE = "environment.json"
 
@@ -49,6 +49,8 @@ def load_run(path: Path) -> Run:
         raise ValueError(f"RUN {str(path)!r}: {ENVIRONMENT_FILE} is not JSON ({fault}): remove it to go on") from None
     if not isinstance(facts, dict):
         raise ValueError(f"RUN {str(path)!r}: {ENVIRONMENT_FILE} is no JSON object: remove it to go on")
+    limits = _limits(results.with_name(SWEEP_FILE))
+    records = [replace(it, **{n: v for n, v in limits.items() if getattr(it, n) is None}) for it in records]
     return Run(results.resolve().parent.name, records, facts)
 
 
@@ -67,6 +69,15 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 def is_report(path: Path) -> bool:
     """Whether a folder holds a report and no results, as `mdnbench report` of several runs leaves it beside them."""
     return (path / "table.md").is_file() and not (path / RESULTS_FILE).exists()
+
+
+def _limits(sweep: Path) -> dict[str, Any]:
+    """What a sweep asked of its sampling, for older rows that do not hold it; empty where this is not known."""
+    try:
+        spec = json.loads(sweep.read_text())["spec"]
+        return {name: spec.get(name) for name in ("precision", "time_limit_s", "min_time_s")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def describe(environment: dict[str, Any]) -> str:

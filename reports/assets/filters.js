@@ -39,6 +39,17 @@ function toggle(label, pressed, changed) {
   return button;
 }
 
+// The value of the panel that has most rows of the first run; of several such values the first.
+function fullest(rows, of, values) {
+  const sizes = {}, most = {};
+  for (const row of rows.filter((row) => row.run === rows[0].run)) {
+    const panel = DIMENSIONS.map((dimension) => dimension.of(row)).join("\n");
+    sizes[panel] = (sizes[panel] ?? 0) + 1;
+    most[of(row)] = Math.max(most[of(row)] ?? 0, sizes[panel]);
+  }
+  return values.reduce((best, value) => (most[value] > (most[best] ?? 0) ? value : best));
+}
+
 // The selects that pick one panel out of `rows`; `state` keeps the choices, which stay possible together.
 function panelChoices(rows, state, changed) {
   const box = el("div", { class: "controls" });
@@ -47,7 +58,7 @@ function panelChoices(rows, state, changed) {
     let left = rows;
     for (const { name, of, title, order } of DIMENSIONS) {
       const values = unique(left.map(of)).sort(order);
-      if (!values.includes(state[name])) state[name] = values[0];
+      if (!values.includes(state[name])) state[name] = fullest(left, of, values);
       if (unique(rows.map(of)).length > 1) {
         const titles = values.map((value) => (title ? title(value) : value));
         box.append(choice(name, values, titles, state[name], (value) => { state[name] = value; rebuild(); changed(); }));

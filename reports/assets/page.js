@@ -12,7 +12,7 @@ function buildSummary(section) {
   for (const run of DATA.runs) {
     const counts = Object.entries(run.counts).map(([status, count]) => `${count} ${status}`).join(", ");
     cards.append(el("div", { class: "card" },
-      el("h3", {}, run.name),
+      el("h3", {}, run.name, " ", el("span", { class: "soft date" }, run.measured)),
       el("div", {}, run.description),
       el("div", { class: "soft" }, `Every row: ${run.shared}`),
       el("div", {}, `${counts}; ${run.timed} timed`),
@@ -44,8 +44,9 @@ function buildEnvironment(section) {
     return;
   }
   if (DATA.runs.length > 1) section.append(el("p", { class: "soft" }, "What differs between the runs is bold."));
-  const body = keys.map((key) => {
-    const values = DATA.runs.map((run) => run.environment[key]);
+  const facts = [["measured (UTC)", DATA.runs.map((run) => run.measured)],
+    ...keys.map((key) => [key, DATA.runs.map((run) => run.environment[key])])];
+  const body = facts.map(([key, values]) => {
     const differs = unique(values.map(String)).length > 1;
     return el("tr", { class: differs ? "differs" : null }, el("th", { scope: "row" }, key),
       ...values.map((value) => el("td", {}, value === null || value === undefined ? "-" : String(value))));

@@ -1,4 +1,6 @@
 // Every point against the ceilings that were measured on its machine.
+const LABEL_HEIGHT = 16;
+
 function buildRoofline(section) {
   const rows = DATA.rows.filter((row) => row.tflops && row.arithmetic_intensity);
   if (!rows.length) {
@@ -33,7 +35,9 @@ function buildRoofline(section) {
     const ridges = ceilings.map(({ top, band }) => top / band);
     const x = axisScale([...shown.map((row) => row.arithmetic_intensity), ...ridges], LEFT, WIDTH - RIGHT, true);
     const tops = ceilings.map(({ top }) => top / 1e12);
-    const y = axisScale([...shown.map((row) => row.tflops), ...tops], HEIGHT - BOTTOM, TOP, true);
+    const labels = labelsOf(ceilings, dtype);
+    const roof = TOP + LABEL_HEIGHT * Math.max(0, labels.length - 1);
+    const y = axisScale([...shown.map((row) => row.tflops), ...tops], HEIGHT - BOTTOM, roof, true);
     axes(root, x, y, "arithmetic intensity (FLOP/byte)", "matrix rate (TFLOP/s)", scaledTick, scaledTick);
     for (const { run, top, band } of ceilings) {
       const from = Math.max(x.low, (y.low * 1e12) / band);
@@ -42,10 +46,11 @@ function buildRoofline(section) {
       root.append(draw("path", {
         class: "ceiling", d: `M${d}`, "stroke-dasharray": DASHES[runNames.indexOf(run) % DASHES.length],
       }));
-      const name = runNames.length > 1 ? `${run}: ` : "";
-      root.append(draw("text", { class: "tick", x: WIDTH - RIGHT - 6, y: y.map(top / 1e12) - 6, "text-anchor": "end" },
-        `${name}${digits(top / 1e12)} TFLOP/s ${dtype}, ${bandwidth(band)} copied`));
     }
+    const places = labelPlaces(labels.map(({ top }) => y.map(top / 1e12)));
+    labels.forEach(({ runs, text }, i) => root.append(draw("text",
+      { class: "tick ceiling-label", x: WIDTH - RIGHT - 6, y: places[i], "text-anchor": "end" },
+      runNames.length > 1 ? `${runs.join(", ")}: ${text}` : text)));
     const points = shown.map((row) => {
       const px = x.map(row.arithmetic_intensity), py = y.map(row.tflops), series = `${row.run}\n${row.provider}`;
       const roof = row.percent_of_roofline === null ? null : `${digits(row.percent_of_roofline)} % of the roofline`;
@@ -59,4 +64,28 @@ function buildRoofline(section) {
   }
   redraws.push(redraw);
   redraw();
+}
+
+// What the ceilings are, from the lowest up; runs whose ceilings read the same share a label.
+function labelsOf(ceilings, dtype) {
+  const labels = new Map();
+  for (const { run, top, band } of ceilings) {
+    const text = `${digits(top / 1e12)} TFLOP/s ${dtype}, ${bandwidth(band)} copied`;
+    const label = labels.get(text) ?? { text, runs: [], top };
+    labels.set(text, { text, runs: [...label.runs, run], top: Math.max(label.top, top) });
+  }
+  return [...labels.values()].sort((a, b) => a.top - b.top);
+}
+
+// Where labels stand above lines at `heights`, from the lowest up: one that the next line would cross goes above that.
+function labelPlaces(heights) {
+  const groups = [];
+  for (const height of heights) {
+    const last = groups.at(-1);
+    if (last && height > last.line - LABEL_HEIGHT * last.count - 4) {
+      last.line = height;
+      last.count += 1;
+    } else groups.push({ line: height, count: 1 });
+  }
+  return groups.flatMap(({ line, count }) => Array.from({ length: count }, (_, i) => line - 6 - LABEL_HEIGHT * i));
 }

@@ -52,7 +52,8 @@ function buildTable(section) {
     const head = el("tr", {});
     for (const { key, title, numeric } of columns()) {
       const sorted = state.key === key ? (state.down ? "descending" : "ascending") : "none";
-      const button = el("button", { type: "button", onclick: () => sortBy(key) }, title);
+      const button = el("button", { type: "button", onclick: () => sortBy(key) },
+        title.replace("/", "\u200b/")); // may break there
       head.append(el("th", { scope: "col", class: numeric ? "number" : null, "aria-sort": sorted, "data-key": key }, button));
     }
     table.replaceChildren(el("thead", {}, head), body);
@@ -75,7 +76,8 @@ function buildTable(section) {
     for (const { key, numeric } of shown) {
       const mark = key === "latency_ms" && row.slowed_by ? " !" : "";
       const tone = key === "flags" ? "warn" : key === "status" && !["ok", "unsupported"].includes(row.status) ? "bad" : "";
-      node.append(el("td", { class: `${numeric ? "number" : ""} ${tone}`.trim() || null }, plain(key, row[key]) + mark));
+      node.append(el("td", { class: `${numeric ? "number" : ""} ${tone}`.trim() || null, "data-key": key },
+        plain(key, row[key]) + mark));
     }
     const flip = () => {
       const open = node.classList.toggle("open");

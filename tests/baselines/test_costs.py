@@ -7,6 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdnbench.baselines.inputs import make_inputs
 from mdnbench.baselines.registry import get_provider, operators
 from mdnbench.baselines.workload import Workload
+from mdnbench.bench.costs import costs, with_costs
+from mdnbench.bench.results import Point, Record
 
 SHAPES = [
     {"head_dim_k": 64, "head_dim_v": 64, "chunk_size": 64},
@@ -101,6 +103,17 @@ def test_modes_and_missing_chunk_size(operator):
     assert unchunked == (forward if operator.name == "attention" else None)
     padded = operator.flops(w.with_(seq_len=128), "forward")
     assert padded > forward if operator.name == "attention" else padded == forward
+
+
+@pytest.mark.parametrize(("name", "chunk_size"), [("mdn-authors", 64), ("gdn-flashqla", 64), ("kda-flashkda", 16)])
+def test_a_chunk_size_that_is_built_in_counts_in_new_rows_and_in_stored_ones(name, chunk_size):
+    provider = get_provider(name)
+    point = Point(name, Workload(1000, 128, 128, chunk_size=None, dtype="bfloat16", device="cuda"), "forward", "eager")
+    flops = provider.operator.flops(point.workload.with_(chunk_size=chunk_size), "forward")
+    assert costs(provider, point)["flops"] == flops > 0
+    stored = Record(point, provider.operator.name, "ok", None, 0, "2026-01-01", samples_ms=(1.0,), bytes=17)
+    (record,) = with_costs([stored])
+    assert (record.point, record.flops, record.bytes) == (point, flops, 17)
 
 
 def test_shape_h16d128_of_momentum_delta_rule():

@@ -31,3 +31,16 @@ def toys(toy_path: Path, monkeypatch) -> Path:
     paths = [str(toy_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     return toy_path
+
+
+@pytest.fixture
+def nothing_stored(tmp_path: Path, monkeypatch) -> None:
+    """No configurations in the user's store at the start, and a working directory of its own."""
+    from mdnbench.kernels import store  # loads torch, which few tests here need
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    store.forget()
+    store._notice.cache_clear()
+    yield
+    store.forget()

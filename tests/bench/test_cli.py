@@ -76,17 +76,31 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sweep --seq-lens 5", "No such option: --seq-lens"),
         ("sweep stray", "stray"),
         ("report", "Missing argument 'RUN...': mdnbench report --help"),
+        ("report {run} --provider mdn", "--provider 'mdn' is unknown: did you mean gdn? choose from attention, "),
+        ("report {run} --mode fwd", "--mode 'fwd' is unknown"),
+        ("report {run} --gates layer", "--gates 'layer' is unknown: choose from mild"),
+        ("report {run} --seq-len x", "--seq-len 'x': 'x' is not a whole number"),
+        (
+            "report {run} --seq-len 32,96 --mode backward",
+            "--seq-len 32,96 --mode backward: no row has all of this; the 4 rows have --seq-len 32,64, --mode forward_",
+        ),
         ("report nowhere", "RUN 'nowhere' has no results.jsonl: give a run folder"),
-        ("check --gates gamma", "--gates 'gamma' is unknown: choose from mild"),
+        ("sweep --precision 0", "--precision '0' is not above 0%: write for example --precision 3%"),
+        ("check --gates gamma", "--gates 'gamma' is unknown: choose from all, mild"),
+        ("check --profiles nope", "--profiles 'nope' is unknown: choose from all, mild"),
+        ("check --profiles all,nope", "--profiles 'nope' is unknown"),
+        ("check --provider attention --profiles eta=2", "--profiles 'eta=2': no chosen provider reads these gates"),
+        ("check --dtype float32,float16", "--dtype 'float32,float16': give one dtype here, such as --dtype float32;"),
         ("check --provider attention --gates eta=2", "no chosen provider reads these gates"),
         ("list --provider nothing-like-it", "--provider 'nothing-like-it' is unknown: mdnbench list shows all names"),
         ("frobnicate", "No such command 'frobnicate'"),
     ],
 )
 def test_bad_input_gives_one_line_and_exit_code_2(
-    arguments: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Path
 ) -> None:
-    assert main(arguments.split()) == 2
+    capsys.readouterr()
+    assert main(arguments.format(run=run).split()) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("mdnbench: ")
@@ -106,6 +120,15 @@ def test_bad_input_gives_one_line_and_exit_code_2(
 def test_help_and_report_load_no_torch(code: str, run: Path) -> None:
     script = f"import sys; from mdnbench.bench.cli import main; assert {code} == 0; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script, str(run)], check=True, capture_output=True)
+
+
+def test_dry_run_says_which_chunk_sizes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sweep", "--dry-run", "--device", "cpu", "--provider", "mdn-triton,mdn-torch,attention-sdpa-math"]
+    assert main([*arguments, "--seq-len", "64", "--head-dim", "32", "--chunk-size", "48,64", "--mode", "forward"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"mdnbench: warning: {name} takes chunk sizes 16, 32, 64, 128 only, not 48: 1 points get no time"
+        for name in ("mdn-triton", "mdn-torch")
+    ]
 
 
 def test_dry_run_prints_every_point_and_runs_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -280,6 +303,25 @@ def test_reports_are_made_again_from_one_run_or_several(
     assert "has no results.jsonl: give a run folder" in capsys.readouterr().err
 
 
+def test_a_report_of_chosen_rows(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    arguments = ["report", str(run), "--provider", "gdn", "--seq-len", "1:49:16,64", "--head-dim", "16"]
+    arguments += ["--v-head-dim", "32", "--mode", "forward_backward", "--regime", "eager", "--gates", "mild"]
+    latex = tmp_path / "tables.tex"
+    assert main([*arguments, "--latex", str(latex), "--out", "chosen"]) == 0
+    printed = capsys.readouterr().out
+    with open("chosen/table.csv", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["provider"], row["seq_len"]) == ("gdn-torch", "64")
+    for text in (printed, Path("chosen/table.md").read_text(), latex.read_text()):
+        assert "attention" not in text
+    assert "1 points: 1 ok" in printed
+    assert '"provider":"attention' not in Path("chosen/report.html").read_text()
+    assert main(arguments) == 0  # into a folder of its own
+    assert len(list(Path("runs").iterdir())) == 1
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
 def test_report_refuses_a_folder_it_cannot_write_to(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run), "--out", str(run / "table.md")]) == 2
     assert "table.md' cannot be written to (File exists): choose another folder" in capsys.readouterr().err
@@ -333,3 +375,11 @@ def test_doctor_reports_as_text_and_json(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["doctor", "--json"]) == code
     rows = json.loads(capsys.readouterr().out)
     assert code == any(row["level"] == "error" for row in rows)
+
+
+def test_all_among_gate_profiles_is_all_of_them() -> None:
+    from mdnbench.bench.options import check_points
+
+    everything = check_points(["gdn-torch"], None, "auto", "cpu")
+    assert len(everything) > 2
+    assert check_points(["gdn-torch"], ["all,mild"], "float32", "cpu", option="--profiles") == everything

@@ -1,12 +1,14 @@
 """The same as on a CPU, on a GPU: events, CUDA graphs, memory, and faults that poison the CUDA context."""
 
+import time
+
 import pytest
 import torch
 
 from mdnbench.baselines.registry import providers
 from mdnbench.baselines.workload import Workload
 from mdnbench.bench import correctness, environment, measure, memory, peaks, profiling
-from mdnbench.bench.gpu_state import GpuMonitor
+from mdnbench.bench.gpu_state import FIRST_READING_S, GpuMonitor
 from mdnbench.bench.results import REGIMES, read_records
 from mdnbench.bench.sweep import SweepSpec, run_sweep
 
@@ -47,6 +49,8 @@ def test_readings_of_the_gpu_are_plausible() -> None:
     watch = monitor.watch()
     for _ in range(300):
         x @ x
+    watch()
+    time.sleep(2 * FIRST_READING_S)
     watch()
     torch.cuda.synchronize()
     _, during, *_ = watch.end()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from mdnbench.bench import gpu_state
 from mdnbench.bench import sweep as sweep_module
 from mdnbench.bench import worker as worker_module
-from mdnbench.bench.gpu_state import MOST_READINGS_DURING, BlockWatch, GpuMonitor, needs_rest
+from mdnbench.bench.gpu_state import BlockWatch, GpuMonitor, needs_rest
 from mdnbench.bench.requests import Prepared
 from mdnbench.bench.results import GpuReading, read_records
 from mdnbench.bench.sweep import SweepSpec, run_sweep
@@ -60,6 +64,10 @@ class FakeNvml:
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
         return self._value("power", 698_760)
 
+    def nvmlDeviceGetFieldValues(self, handle: str, fields: list[int]) -> list[SimpleNamespace]:
+        known = fields == [186] and "instant power" not in self.missing
+        return [SimpleNamespace(nvmlReturn=0 if known else 3, value=SimpleNamespace(uiVal=702_130 if known else 0))]
+
     def nvmlDeviceGetEnforcedPowerLimit(self, handle: str) -> int:
         return self._value("limit", 700_000)
 
@@ -74,13 +82,19 @@ def _all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_reading_has_units_and_names_its_reasons() -> None:
     monitor = GpuMonitor("cuda", FakeNvml((POWER_CAP | SOFTWARE_HEAT | HARDWARE_HEAT,)))
-    assert monitor.read("during") == GpuReading("during", 1755, 3201, 698.8, 700.0, 64, ("power cap", "heat"))
+    assert monitor.read("during") == GpuReading("during", 1755, 3201, 702.1, 700.0, 64, ("power cap", "heat"))
     assert GpuMonitor("cuda", FakeNvml((IDLE | 0x2 | 0x100,))).read("after").slowed_by == ()  # idle, set by somebody
 
 
 def test_what_the_driver_does_not_tell_is_absent() -> None:
-    found = GpuMonitor("cuda", FakeNvml(missing=("power", "reasons"))).read("before")
+    found = GpuMonitor("cuda", FakeNvml(missing=("power", "instant power", "reasons"))).read("before")
     assert found == GpuReading("before", 1755, 3201, None, 700.0, 64, ())
+
+
+def test_power_is_the_average_where_the_driver_or_its_binding_knows_no_other(monkeypatch) -> None:
+    assert GpuMonitor("cuda", FakeNvml(missing=("instant power",))).read("during").power_w == 698.8
+    monkeypatch.delattr(FakeNvml, "nvmlDeviceGetFieldValues")
+    assert GpuMonitor("cuda", FakeNvml()).read("during").power_w == 698.8
 
 
 def test_without_nvml_or_gpu_there_are_no_readings() -> None:
@@ -88,7 +102,7 @@ def test_without_nvml_or_gpu_there_are_no_readings() -> None:
         assert not monitor.available
         assert monitor.read("before") is None
         watch = monitor.watch()
-        watch()
+        assert watch() == math.inf
         assert watch.end() == ()
         monitor.close()
 
@@ -107,19 +121,20 @@ def test_the_gpu_is_the_one_that_cuda_means(monkeypatch, device: str, visible: s
     assert not nvml.running
 
 
-def test_a_block_has_readings_before_during_and_after_and_not_too_many() -> None:
-    asked = []
-    watch = BlockWatch(lambda at: asked.append(at) or GpuReading(at))
-    for _ in range(5):
-        watch()  # at once: one reading stands for all
-    assert [reading.at for reading in watch.end()] == ["before", "during", "after"]
-
-    watch = BlockWatch(GpuReading)
-    watch._next = 0.0
-    for _ in range(3 * MOST_READINGS_DURING):
-        watch()
-        watch._next = 0.0
-    assert len(watch.end()) == MOST_READINGS_DURING + 2
+@pytest.mark.parametrize("block_s", [0.02, 0.05, 0.2, 1.0, 30.0])
+def test_a_block_of_any_length_is_read_in_its_second_half_and_not_too_often(monkeypatch, block_s: float) -> None:
+    now, taken = [100.0], []
+    monkeypatch.setattr(gpu_state.time, "monotonic", lambda: now[0])
+    watch = BlockWatch(lambda at: taken.append((at, now[0])) or GpuReading(at))
+    begun = now[0] = now[0] + 3  # the set-up of the timed calls
+    while now[0] <= begun + block_s:
+        now[0] += max(0.001, min(watch(), worker_module.POLL_S))
+    readings = watch.end()
+    assert [reading.at for reading in readings] == ["before", *["during"] * (len(readings) - 2), "after"]
+    during = [when - begun for at, when in taken if at == "during"]
+    assert during[0] > 0.005  # the GPU is under load by then
+    assert during[-1] > block_s / 2
+    assert len(during) <= 25
 
 
 def test_rest_is_for_power_and_heat_during_or_after_a_block() -> None:
@@ -141,6 +156,8 @@ class SteadyWorker:
         return Prepared(input_sets=2)
 
     def block(self, request, limit_s, watch):
+        watch()
+        threading.Event().wait(0.02)
         watch()
         return [1.0] * 6
 
@@ -182,8 +199,11 @@ def test_the_worker_is_watched_while_it_samples_and_at_no_other_time(toys, tmp_p
         worker.prepare(Prepare(point, 0, full=False), 60)
         assert seen == []
         start = time.monotonic()
-        worker.block(Block(point, 0.4, 10**6), 60, lambda: seen.append(time.monotonic() - start))
+        worker.block(Block(point, 0.4, 10**6), 60, lambda: seen.append(time.monotonic() - start) or math.inf)
+        asked = BlockWatch(GpuReading)
+        worker.block(Block(point, 0.1, 10**6), 60, asked)
     finally:
         worker.stop()
     assert 3 <= len(seen) <= 40
     assert seen[-1] > 0.2
+    assert sum(reading.at == "during" for reading in asked.end()) >= 3

@@ -126,7 +126,7 @@ def test_what_is_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pyte
     assert f"launches compiled for sm_90 by Triton {found['triton']}, ptxas {found['ptxas']}" in printed
     assert found["target"] == "sm_90"
     assert found["unsupported"] == {}
-    assert {launch["case"] for launch in found["launches"]} == set(inspection.CASES)
+    assert {launch["case"] for launch in found["launches"]} == {*inspection.CASES, *inspection.tuned_cases(90)}
     kernels = {"gates_fwd", "prepare_fwd", "scan_fwd", "scan_bwd", "matrices_bwd", "states_bwd", "gradients_bwd"}
     kernels = {f"{name}_kernel" for name in kernels | {"gates_bwd", "recurrent_fwd"}}
     assert {launch["kernel"] for launch in found["launches"]} == kernels
@@ -144,6 +144,7 @@ def test_what_is_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pyte
         assert launch["kernel"].removesuffix("_kernel") in printed
     # Compiled again, not taken from Triton's cache.
     monkeypatch.setattr(inspection, "CASES", {"d64": inspection.CASES["d64"]})
+    monkeypatch.setattr(inspection, "_TUNED", tmp_path)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     assert main(["inspect", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)

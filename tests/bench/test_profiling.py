@@ -163,12 +163,21 @@ def test_a_profile_is_recorded_and_saved_with_its_trace(tmp_path, capsys) -> Non
     assert (tmp_path / "out" / "stages.svg").stat().st_size > 5000
 
 
+def test_a_profile_may_have_more_value_heads_than_query_heads(tmp_path) -> None:
+    arguments = "profile mamba2-torch --seq-len 32 --head-dim 8 --heads 1 --value-heads 3 --calls 1 --device cpu"
+    assert main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "profile.json").read_text())
+    assert (row["workload"]["heads"], row["workload"]["value_heads"]) == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("profile", "Missing argument 'PROVIDER...'"),
         ("profile nothing-like-it", "--provider 'nothing-like-it' is unknown"),
         ("profile mdn-torch --seq-len 1k,2k", "--seq-len '1k,2k': a profile has one workload"),
+        ("profile mdn-torch --dtype float32,float16", "--dtype 'float32,float16': give one dtype here"),
+        ("profile mdn-torch --heads 2 --value-heads 3", "--value-heads 3 is not a multiple of --heads 2: use 2, 4"),
         ("profile mdn-torch --mode all", "--mode 'all' is unknown"),
         ("profile mdn-torch --calls 0", "--calls '0' is not a whole number of at least 1"),
     ],

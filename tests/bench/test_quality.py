@@ -51,8 +51,10 @@ def test_a_slow_first_block_is_a_slow_start_and_a_restless_machine_is_not() -> N
 def test_outliers_are_counted_and_kept() -> None:
     disturbed = [*noise(95), 3.0, 3.5, 2.0, 4.0, 2.5]
     (note,) = [note for note in notes(record(disturbed, (100,))) if note.kind == "outliers"]
-    assert note.seen.startswith("5 of 100 samples are far from the median, the farthest 4.0 times it")
+    assert note.seen.startswith("5 of 100 samples are far from the median, the farthest 4.00 times it")
     assert "outliers" not in kinds(record([*noise(99), 3.0], (100,)))  # one in a hundred is usual
+    assert "outliers" not in kinds(record([1.0, 1.0001, 0.9999, 1.0001, 1.02, 0.98], (6,)))  # they agree to 2 %
+    assert "outliers" in kinds(record([1.0, 1.0001, 0.9999, 1.0001, 1.2, 1.3], (6,)))
     assert "outliers" not in kinds(record([1.0] * 30 + [1.1] * 10, (40,)))  # no scale to judge by
 
 
@@ -62,14 +64,17 @@ def test_a_wide_interval_says_why_sampling_ended() -> None:
     assert note.kind == "imprecise"
     assert note.seen.endswith("in place of ± 0.5% after 40 samples (stopped by: time limit)")
     assert notes(record((1.0, 1.1, 1.2), (3,), stop_reason="long calls"))[0].seen.startswith("no interval in place")
-    assert notes(replace(wide, precision=None)) == []  # rows of earlier versions have no target
+    (note,) = notes(replace(wide, precision=None, stop_reason=None))  # rows of earlier versions have no target
+    assert note.seen.endswith("% after 40 samples")
+    assert "in place of" not in note.seen
+    assert notes(record(noise(200), (100, 100), precision=None)) == []
 
 
 def test_throttling_is_named_with_blocks_and_clock() -> None:
     held = GpuReading("during", 1200, slowed_by=("power cap",))
     found = record(gpu=((GpuReading("before"), held), (GpuReading("before"), GpuReading("during", 1300))))
     (note,) = notes(found)
-    assert note.seen == "the GPU was held back by power cap in 1 of 2 blocks, at 1250 MHz"
+    assert note.seen == "the GPU was held back by power cap in 1 of 2 blocks, down to 1200 MHz"
     before = GpuReading("before", slowed_by=("power cap",))  # of whatever ran before
     assert notes(record(gpu=((before, GpuReading("during", 1980)),))) == []
 
@@ -81,8 +86,10 @@ def test_clock_drift_is_seen_within_a_comparison_only() -> None:
     assert clock_drift([*near, apart]) is None
     text = clock_drift([*near, record(provider="c", clock=1800), apart])
     assert text.startswith("SM clocks differ by more than 3% in 1 of 2 comparisons, at worst by 10.0% within forward")
-    assert "c ran at 1800 MHz, a at 1980 MHz" in text
+    assert "c fell to 1800 MHz, a to 1980 MHz" in text
     assert "--lock-gpu-clocks=1620" in text
+    after = ((GpuReading("before", 1980), GpuReading("during", 1980), GpuReading("after", 1815)),)
+    assert "b fell to 1815 MHz, a to 1980" in clock_drift([*near[:1], record(provider="b", gpu=after)])
     assert clock_drift([record(provider="a"), replace(record(provider="b", clock=900), status="crashed")]) is None
 
 

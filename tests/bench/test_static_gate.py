@@ -237,6 +237,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.move(root / "aside.py", root / "bench" / "inspection.py")
     with open(root / "bench" / "inspection.py", "a") as file:
         file.write('\nCASES = {name: CASES[name] for name in ("h16d128", "h16d128, decoding")}\n')
+        file.write('_TUNED = Path("none")\n')
     git(root, "add", ".")
     git(root, "commit", "--quiet", "-m", "base")
     packages = root / "imports" / "mdnbench"

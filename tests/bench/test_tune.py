@@ -1,22 +1,17 @@
-"""Tuning the MDN kernels without a GPU: compiled for one, run by Triton's interpreter; the store; the command."""
+"""Tuning the MDN kernels without a GPU: compiled for one, run by Triton's interpreter; what ends in the store."""
 
-import logging
-import os
-from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from mdnbench.baselines.workload import Workload
 from mdnbench.bench import cli_tune, tune, tune_views
-from mdnbench.bench.cli import main
-from mdnbench.bench.tune_interface import Progress, Settings
-from mdnbench.bench.tune_log import LOG_FILE, Choice, Resources, TuneLog
+from mdnbench.bench.tune_interface import Settings
+from mdnbench.bench.tune_log import Choice, Resources, TuneLog
 from mdnbench.kernels import store
-from mdnbench.kernels.space import SPACE, table_config
+from mdnbench.kernels.space import SPACE
 
 GPU = store.Gpu("Triton's interpreter", "9.0", 232448, 132)
 H200 = store.Gpu("NVIDIA H200", "9.0", 232448, 132)
@@ -24,18 +19,8 @@ SMALL = Workload(20, 16, 16, batch=1, heads=1, chunk_size=16, dtype="float16", d
 REAL = Workload(4096, 128, 128, batch=4, heads=16, dtype="bfloat16", device="cuda")
 FAST = Settings(jobs=1, spare=False, rounds=6, trial_s=0.01, block_s=0.01)
 
+pytestmark = pytest.mark.usefixtures("nothing_stored")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton interprets where there is no GPU")
-
-
-@pytest.fixture(autouse=True)
-def user_folder(tmp_path: Path, monkeypatch) -> Path:
-    """Nothing is stored at the start, and the search runs in a folder of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    store.forget()
-    store._notice.cache_clear()
-    yield store.user_folder()
-    store.forget()
 
 
 def incumbents(workload: Workload, gpu: store.Gpu) -> dict:
@@ -83,7 +68,33 @@ def test_a_search_ends_in_the_store_and_is_verified(tmp_path: Path, monkeypatch)
     log.close()
     assert verified.incumbent_latency_ms is not None
     assert len(log.trials) == 2
-    assert tune.words(verified, log) == "the incumbent" or verified.ratio < 1
+    assert tune_views.words(verified, log) == "the incumbent" or verified.ratio < 1
+
+
+def test_what_nothing_was_compared_with_is_not_stored(tmp_path: Path, monkeypatch) -> None:
+    """Out of time, a direction has no candidate beside its incumbent."""
+    searched = []
+
+    class NoTime:
+        def __init__(self, tunables, log, settings, watch, runner):
+            searched.append([it.name for it in tunables])
+            self.trials = [log.trial(it.name, candidate) for it in tunables for candidate in it.candidates()]
+
+        def run(self):
+            return []
+
+    monkeypatch.setattr(tune, "Search", NoTime)
+    log = TuneLog(tmp_path / "run", {})
+    assert tune.tune(REAL, H200, log, replace(FAST, seconds=1.0), lambda it: None) == []
+    assert searched[1] == []
+    assert tune.unfinished(log, REAL, "forward")
+    assert not store.user_folder().exists()
+    # Where every candidate was tried and none but the incumbent is right, it is the choice.
+    for trial in log.trials.values():
+        trial.stage, trial.status = "done", "incorrect"
+    tune.tune(REAL, H200, log, FAST, lambda it: None)
+    log.close()
+    assert searched[-1] == [f"{direction} all {REAL.label()}" for direction in tune.DIRECTIONS]
 
 
 @interpreted
@@ -152,172 +163,3 @@ def test_every_kernel_of_the_real_shapes_has_candidates() -> None:
         counts = {name: len(it.candidates()) for name, it in found.items()}
         assert all(2 <= count <= 96 for count in counts.values())
         assert sum(counts.values()) < 300
-
-
-def test_shapes_are_those_of_presets_each_once() -> None:
-    shapes = cli_tune.shapes_of(None, {})
-    assert len(shapes) == 13
-    assert {shape.device for shape in shapes} == {"cuda"}
-    given = {"batch": "4", "heads": "16", "head_dim": "128", "v_head_dim": "128", "seq_len": "4k,4000"}
-    (one,) = cli_tune.shapes_of(None, given)  # 4000 and 4096 tokens have one entry
-    assert one == REAL
-    assert [shape.dtype for shape in cli_tune.shapes_of("ci", {"dtype": "float16"})] == ["float16"] * 2
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("20", 20)])
-def test_durations(text: str, seconds: float) -> None:
-    assert cli_tune.parse_duration("--budget", text) == seconds
-
-
-def test_show_needs_no_gpu(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["tune", "--show", "--shapes", "paper-400m"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * 3
-    assert lines[1].split()[:2] == ["NVIDIA", "H200"]
-    assert "block_v=" in lines[1]
-    config = asdict(table_config("forward", tune.shape_of(REAL, H200)))
-    entry = store.Entry(tune.key_of(REAL, "forward"), config, store.TUNED, store.installed_versions("9.0"), 0.1234, ())
-    store.write(store.user_folder(), H200, [entry])
-    sizes = ["--batch", "4", "--heads", "16", "--head-dim", "128", "--v-head-dim", "128", "--seq-len", "4k"]
-    assert main(["tune", "--show", *sizes]) == 0
-    shown = capsys.readouterr().out
-    assert "0.1234" in shown
-    assert "user, tuned" in shown
-
-
-def test_export_copies_what_was_tuned_and_fills_up_from_the_table(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(store, "SHIPPED_FOLDER", tmp_path / "none")
-    workload = cli_tune.shapes_of("paper-400m", {})[0]
-    key = tune.key_of(workload, "forward")
-    config = asdict(table_config("forward", tune.shape_of(workload, H200)))
-    entry = store.Entry(key, config, store.TUNED, store.Versions(store.source_hash(), "t", "p", "v"), 0.5, ())
-    of_other_kernels = replace(entry, versions=store.Versions("other", "t", "p", "v"))
-    store.write(store.user_folder(), H200, [entry, of_other_kernels])
-    assert main(["tune", "--export", "--out", str(tmp_path / "out"), "--shapes", "paper-400m"]) == 0
-    assert "1 tuned entries" in capsys.readouterr().out
-    gpu, entries = store.read(store.file_of(tmp_path / "out", H200.name))
-    assert gpu == H200
-    assert sorted(it.source for it in entries) == ["hand-chosen"] * 5 + ["tuned"]
-    assert next(it for it in entries if it.key == key) == entry
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "there is no GPU here that PyTorch sees, and candidates are timed on one: run mdnbench tune on the"),
-        (["--device", "cpu"], "--device 'cpu': candidates are timed on a GPU; use cuda or cuda:N"),
-        (["--operator", "gdn"], "--operator 'gdn' has no kernels to tune: choose from mdn"),
-        (["--shapes", "paper"], "--shapes 'paper' is unknown: did you mean paper-400m?"),
-        (["--budget", "soon"], "--budget 'soon' is no time above 0; write for example --budget 10m"),
-        (["--jobs", "0"], "--jobs '0' is not a whole number of at least 1"),
-        (["--show", "--export"], "--show and --export: give one of them"),
-        (["--verify", "--resume"], "--verify and --resume: give one of them"),
-    ],
-)
-def test_bad_input_is_one_line(arguments, message: str, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["tune", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"mdnbench: {message}")
-    assert error.count("\n") == 1
-
-
-class Found:
-    """In place of `tune.tune`: a choice a direction, or what is raised."""
-
-    def __init__(self, fault: BaseException | None = None) -> None:
-        self.fault, self.settings = fault, []
-
-    def __call__(self, workload, gpu, log, settings, watch):
-        self.settings.append(settings)
-        if self.fault is not None:
-            raise self.fault
-        before = log.incumbents(workload.label(), {it: {"warps": 4} for it in tune.DIRECTIONS})
-        choices = []
-        for direction, ratio in zip(tune.DIRECTIONS, (0.9, 1.0)):
-            name, candidate = f"{direction} all {workload.label()}", {"warps": 8} if ratio < 1 else before[direction]
-            trial = log.trial(name, candidate)
-            trial.stage, trial.status, trial.reason = "done", "ok", "chosen"
-            log.put(trial)
-            choices.append(Choice(name, candidate, ratio, 1.0, ratio, ratio - 0.01, ratio + 0.01, 0.005))
-            log.choose(choices[-1])
-        return choices
-
-
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    monkeypatch.setattr(cli_tune, "_gpu", lambda device: "cuda")
-    monkeypatch.setattr(tune, "known_gpus", lambda device: [GPU])
-
-
-def test_the_command_says_what_was_found_and_where_it_is(pretended_gpu, capsys, monkeypatch) -> None:
-    found = Found()
-    monkeypatch.setattr(tune, "tune", found)
-    assert main(["tune", "--shapes", "paper-400m", "--budget", "6m", "--jobs", "3"]) == 0
-    output = capsys.readouterr().out
-    assert "warps=8 (was 4)" in output
-    assert "forward all" in output
-    assert "0.900 [0.890, 0.910]" in output
-    assert output.splitlines()[-1] == (
-        f"3 of 6 changed, 3 keep their configuration; saved in {store.user_folder()}/Triton-s-interpreter.json"
-    )
-    assert [settings.jobs for settings in found.settings] == [3] * 3
-    assert found.settings[0].seconds == pytest.approx(120, abs=1)  # of three shapes
-    (folder,) = Path("runs").iterdir()
-    assert folder.name.endswith("-tune")
-    assert main(["tune", "--shapes", "paper-400m", "--resume"]) == 0  # the newest one
-    assert len(list(Path("runs").iterdir())) == 1
-
-
-def test_ctrl_c_says_how_to_go_on(pretended_gpu, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(tune, "tune", Found(KeyboardInterrupt()))
-    assert main(["tune", "--out", "here"]) == 130
-    assert "nothing found is lost, go on with: mdnbench tune --resume --out here" in capsys.readouterr().err
-    assert Path("here", LOG_FILE).exists()
-
-
-def test_a_search_of_other_versions_is_not_gone_on_with(pretended_gpu, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(tune, "tune", Found())
-    assert main(["tune", "--resume"]) == 2
-    assert "--resume: there is no search in runs" in capsys.readouterr().err
-    assert main(["tune", "--out", "here", "--shapes", "ci"]) == 0
-    other = store.installed_versions("9.0")._replace(triton="3.0.0")
-    monkeypatch.setattr(store, "installed_versions", lambda capability: other)
-    assert main(["tune", "--out", "here", "--shapes", "ci", "--resume"]) == 2
-    assert "start another one" in capsys.readouterr().err
-
-
-def test_one_gpu_of_several_is_the_only_one_of_the_processes(monkeypatch) -> None:
-    for visible, device, expected in ((None, "cuda:2", "2"), ("4,5", "cuda:1", "5"), ("4,5", "cuda", "4,5")):
-        if visible is None:
-            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        else:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        cli_tune._select(device)
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
-
-
-def test_the_notice_goes_to_the_log_once(caplog) -> None:
-    with caplog.at_level(logging.WARNING, "mdnbench"):
-        store._notice("a")
-        store._notice("a")
-    assert len(caplog.records) == 1
-
-
-def test_progress_on_a_terminal_and_in_a_log(capsys, monkeypatch) -> None:
-    progress = Progress(
-        3, "short trials", Counter(ok=1, pruned=2), {f"forward scan {REAL.label()}": "0.25 ms"}, 1, 3, 40.0
-    )
-    console = Console(width=100, color_system=None)
-    console.print(tune_views.lines_of("1/2 shape", progress))
-    shown = capsys.readouterr().out.splitlines()
-    assert [line.rstrip() for line in shown] == [
-        "1/2 shape: short trials 1/3, 40 s left", "  1 ok, 2 pruned", "  best of forward scan: 0.25 ms",
-    ]  # fmt: skip
-    monkeypatch.setattr(tune_views, "SECONDS_BETWEEN_LINES", 0.0)
-    with tune_views.TuneDisplay() as display:
-        display.heading = "shape"
-        display(progress)
-    assert capsys.readouterr().err == "shape: short trials 1/3, 40 s left; 1 ok, 2 pruned\n"

@@ -48,6 +48,11 @@ def test_each_fault_has_its_status_and_costs_no_other_candidate(tmp_path: Path) 
         "asserts": ("crashed", "AssertionError: index out of range"),
         "dies when timed": ("crashed", "ended with exit code 3 during the timed calls"),
         "does not compile": ("compile_error", "ValueError: unexpected token"),
+        "needs many registers": (
+            "compile_error",
+            "RuntimeError: PTXAS error: Internal Triton PTX codegen error ... ptxas fatal : (C7602) Insufficient "
+            "registers (128) to compile instruction at line 9",
+        ),
         "kills the compiler": ("compile_error", "killed by SIGABRT during compiling"),
         "compiles for ever": ("timeout", "limit of 2 s for compiling"),
         "spills": ("pruned", "toy_kernel spills 300 bytes a thread, 256 are allowed"),

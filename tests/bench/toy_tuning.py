@@ -34,6 +34,13 @@ class Toy(Tunable):
         fault = candidate["fault"]
         if fault == "does not compile":
             raise ValueError("unexpected token")
+        if fault == "needs many registers":  # as Triton says it, with the command to do it again last
+            raise RuntimeError(
+                "PTXAS error: Internal Triton PTX codegen error\n`ptxas` stderr:\n"
+                "ptxas fatal   : (C7602) Insufficient registers (128) to compile instruction at line 9\n"
+                "ptxas fatal   : Ptx assembly aborted due to errors\n\n"
+                "Repro command: ptxas -lineinfo -v /tmp/tmp1.ptx -o /tmp/tmp1.ptx.o\n"
+            )
         if fault == "kills the compiler":
             os.abort()
         if fault == "compiles for ever":

@@ -148,8 +148,9 @@ def test_shipped_backward_configurations_compile():
 
 
 def test_what_no_configuration_fits():
-    with pytest.raises(ValueError, match="q has head dimension 512: the GPU kernels take up to 256"):
-        choose_config(512, 64, 64, 2, 64, False, *H200)
+    for choose in (choose_config, choose_backward_config):
+        with pytest.raises(ValueError, match="q has head dimension 512: the GPU kernels take up to 256"):
+            choose(512, 64, 64, 2, 64, False, *H200)
     with pytest.raises(ValueError, match="needs more shared memory in the backward pass than the 101376 bytes of this"):
         choose_backward_config(256, 128, 64, 4, 64, False, *L40S)
     with pytest.raises(ValueError, match="chunk_size=64 with K=128 and 4 bytes an element needs more shared memory"):

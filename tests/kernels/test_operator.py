@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -208,6 +209,17 @@ def test_wrong_arguments_are_named(function, case, make_inputs):
     with pytest.raises(ValueError, match=r"^.+$") as caught:  # `.` matches no line break: one line
         function(**{**inputs, **change(inputs)})
     assert str(caught.value) == message
+
+
+def test_cu_seqlens_that_numpy_changes_are_checked_again(make_inputs):
+    """They have the same version then, and the kernels would write out of bounds."""
+    inputs = {name: x.detach() for name, x in make_inputs(T=20, N=2).items()}
+    bounds = np.array([0, 5, 20])
+    cu_seqlens = torch.from_numpy(bounds)
+    chunk_momentum_delta_rule(**inputs, cu_seqlens=cu_seqlens)
+    bounds[1] = 50
+    with pytest.raises(ValueError, match="cu_seqlens goes from 50 down to 20: it must not decrease"):
+        chunk_momentum_delta_rule(**inputs, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("chunk_size", [0, 8, 48, 256, None])

@@ -1,7 +1,9 @@
 """The configurations that are shipped in kernels/tuned."""
 
 import pytest
+from kernel_cases import compile_launches
 
+from mdnbench.bench import inspection
 from mdnbench.kernels import store
 from mdnbench.kernels.space import CONFIGS, Shape, table_config, why_invalid
 
@@ -33,6 +35,30 @@ def test_shipped_entries_are_valid_and_those_of_the_table_are_as_in_the_table(pa
         else:
             assert entry.versions is not None
             assert entry.latency_ms > 0
+
+
+# Bytes of stack (spills) a thread: the most that Triton 3.7.1 with its ptxas 12.8.93 needs for a tuned entry, and 16
+# more, or 0. Prepare and gradients spill since their registers are limited.
+STACK_BYTES = {
+    "gates_fwd": 0, "prepare_fwd": 144, "scan_fwd": 0, "scan_bwd": 64, "matrices_bwd": 712, "states_bwd": 0,
+    "gradients_bwd": 104, "gates_bwd": 104,
+}  # fmt: skip
+
+
+def test_tuned_entries_compile_for_sm_90_without_more_spills_than_known():
+    """Whatever version of the kernels they were found with."""
+    cases = inspection.tuned_cases(90)
+    read = [entry for path in FILES for entry in store.read(path)[1]]
+    assert len(cases) == sum(entry.source == store.TUNED for entry in read) > 0
+    found = compile_launches(cases)
+    assert {launch["case"] for launch in found} == set(cases)
+    for launch in found:
+        assert launch["stack_bytes"] <= STACK_BYTES[launch["kernel"].removesuffix("_kernel")], launch
+        config = cases[launch["case"]]["config"]
+        if launch["kernel"] in ("scan_fwd_kernel", "scan_bwd_kernel"):  # compiled as stored, not as the table says
+            stored = {name: config[f"scan_{name}"] for name in ("max_registers", "stages", "warps")}
+            used = {"max_registers": launch["max_registers"]}
+            assert stored == {**used, "stages": launch["num_stages"], "warps": launch["num_warps"]}
 
 
 def test_the_h200_has_entries():

@@ -11,8 +11,9 @@ import torch
 
 from mdnbench.kernels import store
 from mdnbench.kernels.config import BackwardConfig, KernelConfig
-from mdnbench.kernels.problem import problem_of
+from mdnbench.kernels.problem import is_layer_call, problem_of
 from mdnbench.kernels.space import CONFIGS, SPACE, Shape, search_space, table_config, why_invalid
+from mdnbench.kernels.versions import code_of, source_hash
 
 GPU = store.Gpu("NVIDIA H200", "9.0", 232448, 132)
 VERSIONS = store.Versions("0123456789ab", "3.6.0", "12.8.93", "2.11")
@@ -129,7 +130,23 @@ def test_what_was_tuned_with_other_versions_is_left_out(field, caplog):
         assert call() is None
         assert call() is None
     assert len(caplog.records) == 1
-    assert "it is left out; `mdnbench tune` finds a configuration (shown once)" in caplog.text
+    assert " is left out: it is for kernels " in caplog.text
+    assert "; `mdnbench tune` finds a configuration (shown once)" in caplog.text
+
+
+def test_a_notice_says_what_is_wrong_with_a_configuration(caplog):
+    store.write(store.user_folder(), GPU, [replace(TUNED, config=asdict(KernelConfig(256, 4, 2)))])
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        assert call() is None
+    assert "4096 tokens is left out: block_v=256 is no power of two from 16 to 128; `mdnbench tune`" in caplog.text
+
+
+def test_what_is_far_away_is_not_spoken_of_whatever_its_versions(caplog):
+    far = replace(TUNED, key=KEY._replace(heads_bucket=0), versions=VERSIONS._replace(triton="other"))
+    store.write(store.user_folder(), GPU, [far])
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        assert call() is None
+    assert not caplog.records
 
 
 def test_a_hand_chosen_entry_leaves_the_choice_to_the_table(caplog):
@@ -152,6 +169,64 @@ def test_what_cannot_run_or_be_read_is_left_out(caplog):
         with caplog.at_level(logging.WARNING, "mdnbench"):
             assert call() is None
         assert fault in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("key", {"heads_bucket": None}),
+        ("key", {"heads_bucket": -1}),
+        ("key", {"free_p": 0}),
+        ("key", {"direction": "sideways"}),
+        ("config", {"scan_warps": 4.0}),
+        ("config", {"scan_warps": None}),
+        ("config", {"scan_stages": True}),
+        ("config", {"clusters": 2}),
+        (None, {"versions": {}}),
+        (None, {"versions": None}),
+        (None, {"versions": {**VERSIONS._asdict(), "triton": 3}}),
+        (None, {"latency_ms": "fast"}),
+        (None, {"source": "guessed"}),
+        (None, {"runner_ups": [{"block_v": 32}]}),
+        (None, {"runner_ups": None}),
+    ],
+)
+def test_a_malformed_entry_makes_a_damaged_file_and_no_call_fails(part, change, caplog):
+    path = store.write(store.user_folder(), GPU, [TUNED])
+    content = json.loads(path.read_text())
+    (entry,) = content["entries"]
+    (entry[part] if part else entry).update(change)
+    path.write_text(json.dumps(content))
+    store.forget()
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        assert call() is None
+    (record,) = caplog.records
+    assert f"{path} is left out (it is damaged: " in record.getMessage()
+
+
+DAMAGED = [b"{", json.dumps({"schema_version": 9}).encode(), b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_file_is_set_aside_when_something_is_written(damaged, caplog):
+    path = store.file_of(store.user_folder(), GPU.name)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(damaged)
+    with caplog.at_level(logging.WARNING, "mdnbench"):
+        store.write(store.user_folder(), GPU, [TUNED])
+    assert store.read(path)[1] == [TUNED]
+    assert path.with_name("NVIDIA-H200.json.damaged").read_bytes() == damaged
+    (record,) = caplog.records
+    assert f"{path} is set aside as NVIDIA-H200.json.damaged (it" in record.getMessage()
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_beforehand():
+    store.check_writable(GPU)
+    assert list(store.user_folder().iterdir()) == []
+    store.user_folder().rmdir()
+    store.user_folder().write_text("a file")
+    with pytest.raises(ValueError, match=r"H200\.json, where .* cannot be written to \(.+\): set XDG_CACHE_HOME to a "):
+        store.check_writable(GPU)
 
 
 def test_another_compute_capability_under_the_same_name_is_another_gpu():
@@ -194,12 +269,39 @@ def test_a_call_searches_only_when_asked_to_and_once(monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_search_that_failed_is_not_repeated_for_sizes_of_the_same_bucket(monkeypatch):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return SimpleNamespace(returncode=2, stderr="mdnbench: no time")
+
+    monkeypatch.setattr(store.subprocess, "run", run)
+    monkeypatch.setattr(store, "_autotune", True)
+    monkeypatch.setattr(store, "_searched", set())
+    for sizes in ({}, {"T": 4000}, {"T": 2049, "B": 3}, {"direction": "backward", "T": 3000}):
+        assert call(**sizes) is None
+    assert len(commands) == 1
+    call(T=4097)  # of the next bucket
+    assert len(commands) == 2
+
+
+def test_value_heads_in_groups_are_not_looked_up():
+    """So that nothing is searched for them either: a key does not tell them from others."""
+    for heads, expected in ((16, True), (4, False)):
+        x = problem_of(
+            torch.Size((1, 64, heads, 64)), torch.Size((1, 64, 16, 64)), torch.bfloat16, None, None, 64, True
+        )
+        gate = torch.empty(1, 64, 16)
+        assert is_layer_call(x, True, True, gate, gate, False) == expected
+
+
 def test_the_hash_of_the_sources_is_of_what_runs():
     source = 'def f(x):\n    """Doubles."""\n    return 2 * x  # twice\n'
-    assert store.code_of(source) == store.code_of("def f( x ):\n\n    return 2*x\n")
-    assert store.code_of(source) != store.code_of(source.replace("2 *", "3 *"))
-    assert store.code_of("x = 'a'\n") != store.code_of("x = 'b'\n")  # a string that is no docstring counts
-    assert len(store.source_hash()) == 12
+    assert code_of(source) == code_of("def f( x ):\n\n    return 2*x\n")
+    assert code_of(source) != code_of(source.replace("2 *", "3 *"))
+    assert code_of("x = 'a'\n") != code_of("x = 'b'\n")  # a string that is no docstring counts
+    assert len(source_hash()) == 12
 
 
 def test_installed_versions_are_found(monkeypatch):

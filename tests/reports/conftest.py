@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from mdnbench.baselines.workload import Workload
-from mdnbench.bench.results import Point, Record
+from mdnbench.bench.results import GpuReading, Point, Record
 from mdnbench.reports.runs import Run
 
 PROVIDERS = {
@@ -21,6 +22,7 @@ PROVIDERS = {
     "attention-efficient": ("attention", 0.4),
     "attention-math": ("attention", 1.2),
 }
+PEAKS = {"copy_bytes_per_s": 4.3e12, "matmul_flops_per_s": {"float32": 5e13, "bfloat16": 7.9e14}}
 GPU_ONLY = ("attention-flash", "attention-cudnn")
 ENVIRONMENT = {
     "device": "cpu",
@@ -56,6 +58,7 @@ def make_record(provider: str, workload: Workload, mode: str, regime: str) -> Re
         tokens_per_s=workload.tokens / middle * 1e3,
         peak_memory_bytes=int(factor * workload.tokens * workload.head_dim_k * 16) + 2**20,
         relative_error={"o": 2e-7, "dq": 4e-7},
+        precision=0.02,
         checked_seq_len=workload.seq_len,
         **common,
     )
@@ -92,3 +95,16 @@ def make_run() -> Callable[..., Run]:
         return Run(name, records, ENVIRONMENT | (gpu if device == "cuda" else {}))
 
     return make
+
+
+@pytest.fixture
+def runs(make_run: Callable[..., Run]) -> list[Run]:
+    """Two runs with counts, peaks in the first, a throttled row, a failed one and one with hostile text."""
+    first, second = make_run("before", dtype="bfloat16"), make_run("after", seq_lens=(256, 512, 1024), dtype="bfloat16")
+    records = [replace(r, flops=10**9 * r.point.workload.seq_len, bytes=10**7, precision=0.005) for r in first.records]
+    held = (GpuReading("before"), GpuReading("during", 1200, power_w=700.0, slowed_by=("power cap",)))
+    records[0] = replace(records[0], gpu=(held,), block_samples=(31,), input_sets=2, stop_reason="time limit")
+    wrong = "</script><script>alert(1)</script> <b>o</b> is wrong"
+    records[1] = replace(records[1], status="incorrect", reason=wrong, samples_ms=(), latency_ms=None)
+    first = replace(first, records=records, environment=first.environment | {"peaks": PEAKS})
+    return [first, second]
