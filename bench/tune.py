@@ -119,6 +119,8 @@ class MdnKernel(Tunable):
             kept = self._kept_for_backward(inputs)
         with recorded() as launches:
             self._call(candidate, inputs, d_output, kept)
+            if self._serves_inference():
+                self._inference(candidate, inputs)
         wanted = self._wanted()
         capability = int(self.gpu.compute_capability.replace(".", ""))
         return [compile_launch(*launch, capability) for launch in launches if launch[0].__name__ in wanted]
@@ -150,7 +152,17 @@ class MdnKernel(Tunable):
                 return functools.partial(self._both, candidate, inputs, d_output)
             return functools.partial(self._call, candidate, inputs, d_output, self._kept_for_backward(inputs))
 
-        return first_fault(OPERATOR, short, self.profiles, prepare, self.folder)
+        fault = first_fault(OPERATOR, short, self.profiles, prepare, self.folder)
+        if fault is None and self._serves_inference():
+            fault = first_fault(
+                OPERATOR, short, self.profiles, lambda inputs, _: functools.partial(self._inference, candidate, inputs),
+                self.folder,
+            )  # fmt: skip
+        return fault
+
+    def _serves_inference(self) -> bool:
+        """Whether what is found serves calls without gradients too, for which the scan is compiled without R."""
+        return self.direction == "forward" and self.kernel is None
 
     def _wanted(self) -> tuple[str, ...]:
         kernels = _KERNELS[self.direction]
@@ -169,6 +181,9 @@ class MdnKernel(Tunable):
         kept = self._forward(inputs, candidate)
         return {"o": kept.o, **self._backward(dict(self.backward_base), inputs, d_output, kept)}
 
+    def _inference(self, candidate: Candidate, inputs: Inputs) -> dict[str, Tensor]:
+        return {"o": self._forward(inputs, candidate, keep_errors=False).o}
+
     def _kept_for_backward(self, inputs: Inputs) -> forward.Forward | None:
         return self._forward(inputs) if self.direction == "backward" else None
 
@@ -179,9 +194,13 @@ class MdnKernel(Tunable):
             "use_qk_l2norm_in_kernel": True, "use_p_times_alpha": True, "chunk_size": self.workload.chunk_size,
         }  # fmt: skip
 
-    def _forward(self, inputs: Inputs, candidate: Candidate | None = None) -> forward.Forward:
+    def _forward(
+        self, inputs: Inputs, candidate: Candidate | None = None, keep_errors: bool = True
+    ) -> forward.Forward:
         config = CONFIGS["forward"](**(candidate or dict(self.forward_base)))
-        return forward.chunk_forward(**self._common(inputs), output_final_state=False, config=config, keep_errors=True)
+        return forward.chunk_forward(
+            **self._common(inputs), output_final_state=False, config=config, keep_errors=keep_errors
+        )
 
     def _backward(
         self, candidate: Candidate, inputs: Inputs, d_output: Tensor, kept: forward.Forward

@@ -79,13 +79,16 @@ def block_size(n: int) -> int:
 
 def scan_shared_memory(config: KernelConfig, block_k: int, chunk_size: int, element_bytes: int, free_p: bool) -> int:
     """Upper estimate in bytes of the shared memory of the scan, against what Triton 3.6 allocates (tests/kernels)."""
-    C = chunk_size
-    state = 2 * config.block_v * block_k * element_bytes if config.scan_warps == 8 and config.block_v <= 32 else 0
-    if element_bytes == 4:  # operands of one product at a time, each as two TF32 halves
-        return 2 * C * max(block_k, C) * element_bytes + 2 * state + SHARED_MEMORY_MARGIN
-    tiles = (3 if free_p else 2) * block_k + 2 * C + (config.block_v if config.scan_stages > 1 else 0)
-    coefficients = 6 * 4 if config.scan_stages > 1 else 0
-    return config.scan_stages * C * (tiles * element_bytes + coefficients) + state + SHARED_MEMORY_MARGIN
+    C, rows, slice_k = chunk_size, 2 * config.block_v, min(64, block_k)  # of pairs.py
+    if element_bytes == 4:  # both operands of one product at a time, each as two TF32 halves
+        return max(2 * C * (C + rows) * 4, 4 * C * slice_k * 4) + SHARED_MEMORY_MARGIN
+    state = rows * slice_k * element_bytes if config.scan_warps == 8 and config.block_v <= 32 else 0
+    chunk = C * ((3 if free_p else 2) * block_k + 2 * C) * element_bytes
+    if config.scan_stages > 1:
+        tiles = config.scan_stages * (chunk + C * (config.block_v * element_bytes + 6 * 4))
+    else:
+        tiles = chunk + rows * C * 4  # and a product in float32 between layouts
+    return tiles + state + SHARED_MEMORY_MARGIN
 
 
 def prepare_shared_memory(block_k: int, chunk_size: int, element_bytes: int, free_p: bool) -> int:
@@ -135,8 +138,10 @@ def choose_config(
         config = KernelConfig(block_v, 4, 1)
     elif chunk_size == 128:
         config = KernelConfig(block_v, 8, 1)
+    elif _are_tiles_wide(block_k, head_dim_v, heads, multiprocessors):
+        config = KernelConfig(64, 8, 2)
     elif block_k > 128:
-        config = KernelConfig(block_v, 8, 2)
+        config = KernelConfig(block_v, 4, 2)
     elif heads * -(-head_dim_v // 16) <= multiprocessors:  # the smallest tiles: each has a multiprocessor of its own
         config = KernelConfig(16, 4, 2)
     else:
@@ -183,6 +188,12 @@ def backward_shared_memory(
     }
 
 
+def _are_tiles_wide(block_k: int, head_dim_v: int, heads: int, multiprocessors: int) -> bool:
+    """Whether the scans take 64 columns of V. For K above 128 a multiprocessor holds one program of either width, and
+    one of twice the width takes 1.3 times as long; below, two of half the width fit."""
+    return block_k > 128 and head_dim_v > 32 and 2 * heads * -(-head_dim_v // 64) > multiprocessors
+
+
 @functools.cache
 def choose_backward_config(
     head_dim_k: int,
@@ -198,13 +209,14 @@ def choose_backward_config(
     _check_head_dim_k(head_dim_k)
     block_k, block_v = block_size(head_dim_k), block_size(head_dim_v)
     few = heads * -(-head_dim_v // 16) <= multiprocessors
-    scan_v = min(16 if few else 32, block_v)
+    wide = _are_tiles_wide(block_k, head_dim_v, heads, multiprocessors) and element_bytes == 2
+    scan_v = 64 if wide else min(16 if few and block_k <= 128 else 32, block_v)
     # Tiles with more columns of V than of K are miscompiled for sm_90: the matrices kernel then reads out of bounds.
     chunk_v = min(32 if element_bytes == 4 else 64, block_v, block_k)
     small_tiles = heads * -(-block_k // 64) * -(-head_dim_v // 32)  # of the states
     config = BackwardConfig(
         scan_block_v=scan_v,
-        scan_warps=8 if block_k > 128 else 4,
+        scan_warps=8 if wide else 4,
         states_block_k=min(64 if small_tiles <= 4 * multiprocessors else 128, block_k),
         states_block_v=min(32, block_v),
         matrices_block_v=chunk_v,

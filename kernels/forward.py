@@ -66,7 +66,7 @@ def chunk_forward(
     if config is None:
         has_states = initial_state is not None or output_final_state
         in_layer = is_layer_call(x, use_qk_l2norm_in_kernel, use_p_times_alpha, beta, eta, has_states)
-        config = forward_config(x, q, p is not None, in_layer and keep_errors)
+        config = forward_config(x, q, p is not None, in_layer)
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens = contiguous(
         q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens
     )

@@ -71,8 +71,8 @@ def is_layer_call(
     x: Problem, use_qk_l2norm_in_kernel: bool, use_p_times_alpha: bool, beta: Tensor | None, eta: Tensor | None,
     has_states: bool,
 ) -> bool:  # fmt: skip
-    """Whether a call is as a layer makes it in training. Stored configurations were checked in such calls, and serve
-    no others: the code compiled for these is another.
+    """Whether a call is as a layer makes it, in training or without gradients, with no state. Stored configurations
+    were checked in such calls, and serve no others: the code compiled for these is another.
 
     Args:
         has_states: whether there is an initial state, or a final one, or its gradient.

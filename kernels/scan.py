@@ -10,15 +10,29 @@ and in reverse, from the gradients dS, dN of the states that leave a chunk to th
     dS_0 = a_C dS + Q^T (out_s * dO) - P^T (read_s * dW)
     dN_0 = b_C dS + u_C dN + Q^T (out_n * dO) - P^T (read_n * dW)
 
-A program carries a tile X of pairs.py, of BV value columns, through all chunks of a sequence. X is the left operand of
-its products from registers (with eight warps and BV <= 32 from shared memory, see `scan_shared_memory`).
+A program carries the tile X of pairs.py, of BV value columns, through all chunks of a sequence. A slice of X is the left
+operand of its products from registers (with eight warps and BV <= 32 from shared memory, see `scan_shared_memory`).
 """
 
 import triton
 import triton.language as tl
 
 from .gates import CARRY, N_ROWS, OUT_S, READ_S, WRITE_S
-from .pairs import chunk_state_tile, double_rows, join_rows, leave_chunk, scale_rows, split_rows, state_tile, sum_pairs
+from .pairs import (
+    SLICE,
+    chunk_state_tile,
+    double_rows,
+    join_rows,
+    leave_chunk,
+    load_slices,
+    load_state,
+    rows_of_n,
+    scale_rows,
+    split_rows,
+    store_state,
+    sum_pairs,
+    value_columns,
+)
 from .slots import sequence_bounds
 
 
@@ -36,6 +50,8 @@ def scan_fwd_kernel(
     q, k, p: [tokens, H, K]; v, o: [tokens, HV, V]; states [2, N, HV, K, V] (S, then M = -N); all contiguous.
     """
     NB: tl.constexpr = BV // 8
+    BS: tl.constexpr = BK if BK < SLICE else SLICE
+    NS: tl.constexpr = (K + BS - 1) // BS
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_n = tl.program_id(0) // (NV * HV)
@@ -45,22 +61,16 @@ def scan_fwd_kernel(
     length = (end - first).to(tl.int32)
 
     o_i = tl.arange(0, C)
-    o_k = tl.arange(0, BK)
+    o_k = tl.arange(0, BS)
     o_v = i_v * BV + tl.arange(0, BV)
-    m_k = o_k < K
     m_v = o_v < V
-
-    o_state, m_state, is_n = state_tile(i_n, i_hv, o_k, i_v, N, HV, K, V, BV)
-    sign = tl.where(is_n, -1.0, 1.0)  # M = -N
-    if initial_state_ptr is not None:
-        b_x = sign * tl.load(initial_state_ptr + o_state, mask=m_state, other=0.0).to(tl.float32)
-    else:
-        b_x = tl.zeros([2 * BV, BK], dtype=tl.float32)
+    b_x = load_state(initial_state_ptr, i_n, i_hv, o_k, i_v, N, HV, K, V, NS, BS, BV)
 
     o_qk = o_i[:, None] * (H * K) + o_k[None, :]
     o_vo = o_i[:, None] * (HV * V) + o_v[None, :]
     o_pair = tl.arange(0, 2)[:, None] * C + o_i[None, :]  # a row for S and the row for N after it
     o_square = o_i[:, None] * C + o_i[None, :]
+    is_n = rows_of_n(BV)
     p_q = q_ptr + (first * H + i_h) * K  # of the first chunk; they advance with the chunks
     p_k = k_ptr + (first * H + i_h) * K
     p_p = p_k
@@ -75,21 +85,25 @@ def scan_fwd_kernel(
     p_c = coefficients_ptr + index * (N_ROWS * C)
     for i_c in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
         m_t = i_c * C + o_i < length
-        m_qk = m_t[:, None] & m_k[None, :]
         m_vo = m_t[:, None] & m_v[None, :]
-        b_k = tl.load(p_k + o_qk, mask=m_qk, other=0.0)  # [C, BK]
+        b_k = load_slices(p_k + o_qk, m_t, o_k, K, NS, BS)  # [C, BS] each
         if o_ptr is not None:
-            b_q = tl.load(p_q + o_qk, mask=m_qk, other=0.0)
+            b_q = load_slices(p_q + o_qk, m_t, o_k, K, NS, BS)
         b_p = b_k
         if p_ptr is not None:
-            b_p = tl.load(p_p + o_qk, mask=m_qk, other=0.0)
+            b_p = load_slices(p_p + o_qk, m_t, o_k, K, NS, BS)
         b_v = tl.load(p_v + o_vo, mask=m_vo, other=0.0)  # [C, BV]
         b_t = tl.load(p_t + o_square)  # [C, C]
         if o_ptr is not None:
             b_a = tl.load(p_a + o_square)
 
-        b_state = b_x.to(b_k.dtype)
-        b_y = tl.dot(b_state, tl.trans(b_p), input_precision=PRECISION)  # [2BV, C]
+        b_y = tl.zeros([2 * BV, C], dtype=tl.float32)
+        b_o = tl.zeros([2 * BV, C], dtype=tl.float32)
+        for s in tl.static_range(NS):
+            b_state = b_x[s].to(b_t.dtype)
+            b_y = tl.dot(b_state, tl.trans(b_p[s]), acc=b_y, input_precision=PRECISION)
+            if o_ptr is not None:
+                b_o = tl.dot(b_state, tl.trans(b_q[s]), acc=b_o, input_precision=PRECISION)
         b_y *= scale_rows(tl.load(p_c + READ_S * C + o_pair), NB, C)
         b_w = tl.reshape(tl.trans(b_v).to(tl.float32), [NB, 1, 8, C]) - sum_pairs(b_y, NB, C)
         b_w = double_rows(b_w, NB, C).to(b_t.dtype)
@@ -98,20 +112,20 @@ def scan_fwd_kernel(
             b_errors = tl.trans(tl.reshape(sum_pairs(0.5 * b_r, NB, C), [BV, C]))
             tl.store(errors_ptr + o_out + o_vo, b_errors.to(errors_ptr.dtype.element_ty), mask=m_vo)
         if o_ptr is not None:
-            b_o = tl.dot(b_state, tl.trans(b_q), input_precision=PRECISION)
             b_o *= scale_rows(tl.load(p_c + OUT_S * C + o_pair), NB, C)
-            # R stands in the rows of S and again in those of N, and their sum is put out: half of both, or one of them.
-            if BK > 128:  # for the masked operand the compiler would choose a layout that spills
-                b_o += 0.5 * tl.dot(b_r.to(b_a.dtype), tl.trans(b_a), input_precision=PRECISION)
-            else:
-                b_once = tl.where(is_n, 0.0, b_r).to(b_a.dtype)
-                b_o = tl.dot(b_once, tl.trans(b_a), acc=b_o, input_precision=PRECISION)
+            # R stands in the rows of S and again in those of N, and their sum is put out: one of them is enough.
+            b_once = tl.where(is_n, 0.0, b_r).to(b_a.dtype)
+            b_o = tl.dot(b_once, tl.trans(b_a), acc=b_o, input_precision=PRECISION)
             b_out = tl.trans(tl.reshape(sum_pairs(b_o, NB, C), [BV, C]))
             tl.store(o_ptr + o_out + o_vo, b_out.to(o_ptr.dtype.element_ty), mask=m_vo)
 
         b_r *= scale_rows(tl.load(p_c + WRITE_S * C + o_pair), NB, C)
-        b_x = leave_chunk(b_x, p_c + CARRY * C, NB, BK)
-        b_x = tl.dot(b_r.to(b_k.dtype), b_k, acc=b_x, input_precision=PRECISION)
+        b_r = b_r.to(b_t.dtype)
+        b_next = ()
+        for s in tl.static_range(NS):
+            b_left = leave_chunk(b_x[s], p_c + CARRY * C, NB, BS)
+            b_next = b_next + (tl.dot(b_r, b_k[s], acc=b_left, input_precision=PRECISION),)
+        b_x = b_next
 
         p_q += C * H * K
         p_k += C * H * K
@@ -124,7 +138,7 @@ def scan_fwd_kernel(
         p_c += HV * N_ROWS * C
 
     if final_state_ptr is not None:
-        tl.store(final_state_ptr + o_state, sign * b_x, mask=m_state)
+        store_state(final_state_ptr, b_x, i_n, i_hv, o_k, i_v, N, HV, K, V, NS, BS, BV)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NT", "first_head"])
@@ -142,6 +156,8 @@ def scan_bwd_kernel(
     the end of every chunk, or None; all contiguous. dv is dW, the gradient of V and of the errors before T.
     """
     NB: tl.constexpr = BV // 8
+    BS: tl.constexpr = BK if BK < SLICE else SLICE
+    NS: tl.constexpr = (K + BS - 1) // BS
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_n = tl.program_id(0) // (NV * HEADS)
@@ -153,22 +169,18 @@ def scan_bwd_kernel(
     chunks = tl.cdiv(length, C)
 
     o_i = tl.arange(0, C)
-    o_k = tl.arange(0, BK)
+    o_k = tl.arange(0, BS)
     o_v = i_v * BV + tl.arange(0, BV)
-    m_k = o_k < K
     m_v = o_v < V
-    o_state, m_state, is_n = state_tile(i_n, i_hv, o_k, i_v, N, HV, K, V, BV)
-    sign = tl.where(is_n, -1.0, 1.0)
-    if dfinal_state_ptr is not None:
-        b_x = sign * tl.load(dfinal_state_ptr + o_state, mask=m_state, other=0.0).to(tl.float32)
-    else:
-        b_x = tl.zeros([2 * BV, BK], dtype=tl.float32)
+    b_x = load_state(dfinal_state_ptr, i_n, i_hv, o_k, i_v, N, HV, K, V, NS, BS, BV)
 
     o_qk = o_i[:, None] * (H * K) + o_k[None, :]
     o_vo = o_i[:, None] * (HV * V) + o_v[None, :]
     o_pair = tl.arange(0, 2)[:, None] * C + o_i[None, :]
     o_square = o_i[:, None] * C + o_i[None, :]
     o_kept = chunk_state_tile(o_k, i_v, K, V, BV)
+    m_rows = value_columns(i_v, BV) < V
+    is_n = rows_of_n(BV)
     last = chunks - 1
     start = first + last.to(tl.int64) * C
     slot += last
@@ -186,22 +198,24 @@ def scan_bwd_kernel(
     o_x = (slot * HEADS + i_l) * (2 * V * K)
     for i_back in tl.range(0, chunks, num_stages=STAGES):
         m_t = (last - i_back) * C + o_i < length
-        m_qk = m_t[:, None] & m_k[None, :]
         m_vo = m_t[:, None] & m_v[None, :]
-        b_k = tl.load(p_k + o_qk, mask=m_qk, other=0.0)  # [C, BK]
-        b_q = tl.load(p_q + o_qk, mask=m_qk, other=0.0)
+        b_k = load_slices(p_k + o_qk, m_t, o_k, K, NS, BS)  # [C, BS] each
+        b_q = load_slices(p_q + o_qk, m_t, o_k, K, NS, BS)
         b_p = b_k
         if p_ptr is not None:
-            b_p = tl.load(p_p + o_qk, mask=m_qk, other=0.0)
+            b_p = load_slices(p_p + o_qk, m_t, o_k, K, NS, BS)
         b_do = tl.load(p_do + o_vo, mask=m_vo, other=0.0)  # [C, BV]
         b_t = tl.load(p_t + o_square)  # [C, C]
         b_a = tl.load(p_a + o_square)
 
-        b_state = b_x.to(b_k.dtype)
-        if dstates_ptr is not None:
-            tl.store(dstates_ptr + o_x + o_kept, b_state, mask=m_state)
         b_do = double_rows(tl.reshape(tl.trans(b_do).to(tl.float32), [NB, 1, 8, C]), NB, C)  # [2BV, C]
-        b_dr = tl.dot(b_state, tl.trans(b_k), input_precision=PRECISION)
+        b_dr = tl.zeros([2 * BV, C], dtype=tl.float32)
+        for s in tl.static_range(NS):
+            b_state = b_x[s].to(b_t.dtype)
+            if dstates_ptr is not None:
+                m_kept = m_rows[:, None] & (o_k + s * BS < K)[None, :]
+                tl.store(dstates_ptr + o_x + o_kept + s * BS, b_state, mask=m_kept)
+            b_dr = tl.dot(b_state, tl.trans(b_k[s]), acc=b_dr, input_precision=PRECISION)
         b_dr *= scale_rows(tl.load(p_c + WRITE_S * C + o_pair), NB, C)
         b_once = tl.where(is_n, 0.0, b_do).to(b_a.dtype)  # in the rows of S alone
         b_dr = tl.dot(b_once, b_a, acc=b_dr, input_precision=PRECISION)
@@ -211,17 +225,19 @@ def scan_bwd_kernel(
         tl.store(p_dv + o_vo, b_dv.to(dv_ptr.dtype.element_ty), mask=m_vo)
 
         p_carry = p_c + CARRY * C
-        b_s, b_n = split_rows(b_x, NB, BK)
-        b_n = tl.load(p_carry + 1) * b_s + tl.load(p_carry + 2) * b_n
-        b_s = tl.load(p_carry) * b_s
-        b_x = join_rows(b_s, b_n, NB, BK)
         b_do *= scale_rows(tl.load(p_c + OUT_S * C + o_pair), NB, C)
-        b_x = tl.dot(b_do.to(b_q.dtype), b_q, acc=b_x, input_precision=PRECISION)
+        b_do = b_do.to(b_t.dtype)
         b_dw *= scale_rows(tl.load(p_c + READ_S * C + o_pair), NB, C)
-        if BK > 128:  # two products in a row into b_x would have it in a layout of its own for each
-            b_x -= tl.dot(b_dw.to(b_p.dtype), b_p, input_precision=PRECISION)
-        else:
-            b_x = tl.dot((-b_dw).to(b_p.dtype), b_p, acc=b_x, input_precision=PRECISION)
+        b_dw = (-b_dw).to(b_t.dtype)
+        b_next = ()
+        for s in tl.static_range(NS):
+            b_s, b_n = split_rows(b_x[s], NB, BS)
+            b_n = tl.load(p_carry + 1) * b_s + tl.load(p_carry + 2) * b_n
+            b_s = tl.load(p_carry) * b_s
+            b_left = join_rows(b_s, b_n, NB, BS)
+            b_left = tl.dot(b_do, b_q[s], acc=b_left, input_precision=PRECISION)
+            b_next = b_next + (tl.dot(b_dw, b_p[s], acc=b_left, input_precision=PRECISION),)
+        b_x = b_next
 
         p_q -= C * H * K
         p_k -= C * H * K
@@ -234,4 +250,4 @@ def scan_bwd_kernel(
         o_x -= HEADS * 2 * V * K
 
     if dinitial_state_ptr is not None:
-        tl.store(dinitial_state_ptr + o_state, sign * b_x, mask=m_state)
+        store_state(dinitial_state_ptr, b_x, i_n, i_hv, o_k, i_v, N, HV, K, V, NS, BS, BV)

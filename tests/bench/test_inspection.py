@@ -154,10 +154,10 @@ def test_what_is_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pyte
 def test_a_case_that_does_not_fit_the_target_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(inspection, "CASES", {name: inspection.CASES[name] for name in ("paper-1.3b", "d64")})
+    monkeypatch.setattr(inspection, "CASES", {name: inspection.CASES[name] for name in ("paper-1.3b, backward", "d64")})
     assert main(["inspect", "--target", "sm_89"]) == 0
     printed = capsys.readouterr().out
-    assert "paper-1.3b is not supported: chunk_size=64 with K=256 " in printed
+    assert "paper-1.3b, backward is not supported: chunk_size=64 with K=256 " in printed
     assert "3 launches compiled for sm_89" in printed
 
 

@@ -24,7 +24,9 @@ L40S = (101376, 142)
         (128, 128, 64, 2, 16, False, H200, KernelConfig(16, 4, 2, 4, 168)),  # few heads: narrower tiles
         (128, 256, 64, 2, 48, False, H200, KernelConfig(32, 4, 2, 4, 168)),
         (64, 64, 64, 2, 128, False, H200, KernelConfig(32, 4, 2, 4, 168)),
-        (256, 512, 64, 2, 24, False, H200, KernelConfig(32, 8, 2, 4, 168)),
+        (256, 512, 64, 2, 24, False, H200, KernelConfig(64, 8, 2, 4, 168)),  # wide tiles for K above 128
+        (256, 512, 64, 2, 6, False, H200, KernelConfig(32, 4, 2, 4, 168)),
+        (200, 32, 64, 2, 256, False, H200, KernelConfig(32, 4, 2, 4, 168)),
         (100, 33, 64, 2, 256, False, H200, KernelConfig(32, 4, 2, 4, 168)),  # as 128 and 64
         (16, 16, 16, 2, 256, False, H200, KernelConfig(16, 4, 2, 4, None)),
         (128, 128, 128, 2, 64, False, H200, KernelConfig(32, 8, 1, 8, None)),
@@ -32,7 +34,7 @@ L40S = (101376, 142)
         # where shared memory does not hold the stages that the shape would have, fewer
         (128, 128, 64, 2, 64, True, A100, KernelConfig(32, 4, 2, 4, 168)),
         (128, 128, 64, 2, 64, False, L40S, KernelConfig(32, 4, 1, 4, 168)),
-        (256, 512, 64, 2, 24, True, H200, KernelConfig(32, 8, 1, 4, 168)),
+        (256, 512, 64, 2, 24, True, H200, KernelConfig(64, 8, 1, 4, 168)),
     ],
 )
 def test_table(K, V, chunk_size, element_bytes, heads, free_p, limits, expected):
@@ -83,8 +85,14 @@ SHIPPED = {
     "float32": {**SIZES, "dtype": "float32", "chunk_size": 32, "B": 4, "H": 4, "HV": 4, "K": 64, "V": 64},
 }
 # Bytes of stack (spills) a thread of the gates, prepare and scan kernels: the most that Triton 3.7.1 with its ptxas
-# 12.8.93 needs for the cases of that name, and 16 more, or 0. Prepare spills since its registers are limited.
-STACK_BYTES = {"sm_90": (0, 168, 184), "on an A100": (0, 976, 488), "float32": (0, 416, 184)}
+# 12.8.93 needs for the cases of that name, and 16 more, or 0. Prepare spills since its registers are limited; the scans
+# of paper-1.3b around their loops, where they read and write states: no more than 34 instructions of a loop do.
+STACK_BYTES = {
+    "sm_90": (0, 152, 80),
+    "paper-1.3b": (0, 152, 296),
+    "on an A100": (0, 968, 304),
+    "float32": (0, 416, 96),
+}
 
 
 def test_shipped_configurations_compile():
@@ -113,11 +121,12 @@ BACKWARD = {
 # Stack as above, in the order of the launches: prepare (attention alone), scan, matrices, states, gradients, gates.
 BACKWARD_KERNELS = ("prepare_fwd", "scan_bwd", "matrices_bwd", "states_bwd", "gradients_bwd", "gates_bwd")
 BACKWARD_STACK_BYTES = {
-    "grouped": (0, 64, 400, 0, 256, 40),
-    "float32": (200, 0, 1960, 0, 136, 0),
-    "h16d128, few heads": (0, 240, 176, 0, 104, 40),
-    "h16d128, free p, packed": (0, 88, 176, 0, 376, 40),
-    "paper-1.3b": (0, 176, 720, 0, 120, 80),
+    "sm_90": (0, 48, 160, 0, 104, 48),
+    "grouped": (0, 48, 400, 0, 256, 48),
+    "float32": (200, 0, 1872, 0, 136, 0),
+    "h16d128, few heads": (0, 136, 160, 0, 104, 48),
+    "h16d128, free p, packed": (0, 88, 144, 0, 376, 0),
+    "paper-1.3b": (0, 312, 720, 0, 120, 56),
 }
 
 
@@ -126,7 +135,7 @@ def test_shipped_backward_configurations_compile():
     for name, case in BACKWARD.items():
         used = [next(launches) for _ in BACKWARD_KERNELS]
         assert [usage["kernel"].removesuffix("_kernel") for usage in used] == list(BACKWARD_KERNELS)
-        for usage, limit in zip(used, BACKWARD_STACK_BYTES.get(name, (0, 64, 176, 0, 104, 40)), strict=True):
+        for usage, limit in zip(used, BACKWARD_STACK_BYTES.get(name, BACKWARD_STACK_BYTES["sm_90"]), strict=True):
             assert usage["stack_bytes"] <= limit, (name, usage)
         element_bytes, chunk_size = 4 if name == "float32" else 2, case.get("chunk_size", 64)
         free_p = case.get("free_p", False)
