@@ -194,9 +194,7 @@ class MdnKernel(Tunable):
             "use_qk_l2norm_in_kernel": True, "use_p_times_alpha": True, "chunk_size": self.workload.chunk_size,
         }  # fmt: skip
 
-    def _forward(
-        self, inputs: Inputs, candidate: Candidate | None = None, keep_errors: bool = True
-    ) -> forward.Forward:
+    def _forward(self, inputs: Inputs, candidate: Candidate | None = None, keep_errors: bool = True) -> forward.Forward:
         config = CONFIGS["forward"](**(candidate or dict(self.forward_base)))
         return forward.chunk_forward(
             **self._common(inputs), output_final_state=False, config=config, keep_errors=keep_errors

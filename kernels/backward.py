@@ -73,13 +73,14 @@ def chunk_backward(
     """
     packed_sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
     x = problem_of(q.shape, v.shape, q.dtype, packed_sequences, scale, chunk_size, use_qk_l2norm_in_kernel)
-    shape = (x.K, x.V, x.C, q.element_size(), x.N * x.HV, p is not None, *limits_of(q.device))
     if config is None:
         has_states = initial_state is not None or dfinal_state is not None
         in_layer = is_layer_call(x, use_qk_l2norm_in_kernel, use_p_times_alpha, beta, eta, has_states)
         of_all = wanted[:8] == [True] * 5 + [p is not None, True, True] and errors is not None
         config = tuned_config("backward", x, q, p is not None) if in_layer and of_all else None
-    config = config or choose_backward_config(*shape)
+    if config is None:
+        limits = limits_of(q.device)
+        config = choose_backward_config(x.K, x.V, x.C, q.element_size(), x.N * x.HV, p is not None, *limits)
     q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, do, dfinal_state = contiguous(
         q, k, v, log_alpha, log_mu, p, beta, eta, initial_state, cu_seqlens, o, do, dfinal_state
     )

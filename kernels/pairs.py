@@ -81,15 +81,15 @@ def load_state(
     p_state, i_n, i_hv, o_k, i_v, N,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NS: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """X in NS slices of BS columns of K, from a state [2, N, HV, K, V] of S, then M = -N; zeros where p_state is None."""
+    """X in NS slices of BS columns of K, from a state [2, N, HV, K, V] of S, then M = -N; zeros without p_state."""
     b_x = ()
     for s in tl.static_range(NS):
         if p_state is not None:
             o_state, m_state, is_n = state_tile(i_n, i_hv, o_k + s * BS, i_v, N, HV, K, V, BV)
             b_state = tl.load(p_state + o_state, mask=m_state, other=0.0).to(tl.float32)
-            b_x = b_x + (tl.where(is_n, -b_state, b_state),)
+            b_x += (tl.where(is_n, -b_state, b_state),)
         else:
-            b_x = b_x + (tl.zeros([2 * BV, BS], dtype=tl.float32),)
+            b_x += (tl.zeros([2 * BV, BS], dtype=tl.float32),)
     return b_x
 
 
@@ -110,7 +110,7 @@ def load_slices(p_x, m_t, o_k, K: tl.constexpr, NS: tl.constexpr, BS: tl.constex
     slices = ()
     for s in tl.static_range(NS):
         mask = m_t[:, None] & (o_k + s * BS < K)[None, :]
-        slices = slices + (tl.load(p_x + s * BS, mask=mask, other=0.0),)
+        slices += (tl.load(p_x + s * BS, mask=mask, other=0.0),)
     return slices
 
 

@@ -10,8 +10,9 @@ and in reverse, from the gradients dS, dN of the states that leave a chunk to th
     dS_0 = a_C dS + Q^T (out_s * dO) - P^T (read_s * dW)
     dN_0 = b_C dS + u_C dN + Q^T (out_n * dO) - P^T (read_n * dW)
 
-A program carries the tile X of pairs.py, of BV value columns, through all chunks of a sequence. A slice of X is the left
-operand of its products from registers (with eight warps and BV <= 32 from shared memory, see `scan_shared_memory`).
+A program carries the tile X of pairs.py, of BV value columns, through all chunks of a sequence. A slice of X is the
+left operand of its products from registers (with eight warps and BV <= 32 from shared memory, see
+`scan_shared_memory`).
 """
 
 import triton
@@ -124,7 +125,7 @@ def scan_fwd_kernel(
         b_next = ()
         for s in tl.static_range(NS):
             b_left = leave_chunk(b_x[s], p_c + CARRY * C, NB, BS)
-            b_next = b_next + (tl.dot(b_r, b_k[s], acc=b_left, input_precision=PRECISION),)
+            b_next += (tl.dot(b_r, b_k[s], acc=b_left, input_precision=PRECISION),)
         b_x = b_next
 
         p_q += C * H * K
@@ -236,7 +237,7 @@ def scan_bwd_kernel(
             b_s = tl.load(p_carry) * b_s
             b_left = join_rows(b_s, b_n, NB, BS)
             b_left = tl.dot(b_do, b_q[s], acc=b_left, input_precision=PRECISION)
-            b_next = b_next + (tl.dot(b_dw, b_p[s], acc=b_left, input_precision=PRECISION),)
+            b_next += (tl.dot(b_dw, b_p[s], acc=b_left, input_precision=PRECISION),)
         b_x = b_next
 
         p_q -= C * H * K
