@@ -38,9 +38,9 @@ def test_shipped_entries_are_valid_and_those_of_the_table_are_as_in_the_table(pa
 
 
 # Bytes of stack (spills) a thread: the most that Triton 3.7.1 with its ptxas 12.8.93 needs for a tuned entry, and 16
-# more, or 0. Prepare and gradients spill since their registers are limited.
+# more, or 0. Prepare and gradients spill since their registers are limited, the scans at K = 256 alone.
 STACK_BYTES = {
-    "gates_fwd": 0, "prepare_fwd": 144, "scan_fwd": 0, "scan_bwd": 64, "matrices_bwd": 712, "states_bwd": 0,
+    "gates_fwd": 0, "prepare_fwd": 144, "scan_fwd": 64, "scan_bwd": 48, "matrices_bwd": 712, "states_bwd": 0,
     "gradients_bwd": 104, "gates_bwd": 104,
 }  # fmt: skip
 
