@@ -89,7 +89,7 @@ def profile_providers(
             gates=options.parse_gates(gates) if gates else "mild",
         )
         count = parse.parse_int("--calls", calls)
-        selected = options.select_providers(providers)
+        selected = options.select_providers(providers, "PROVIDER")
         folder = out or new_folder("profile")
         if folder.exists() and not folder.is_dir():
             raise BadInput(f"--out {str(folder)!r} is a file: give a folder")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ERROR = 4  # of a gate that comes to no verdict; 2 is bad input
 INTERRUPTED = 130
 GATE_PRESET = "ci"
+GATE_THRESHOLD = "3%"
 GATE_TIME_LIMIT_S = 0.25  # of sampling a point in a block
 GATE_PRECISION = 0.001  # hardly reached in this time: both sides are sampled for as long
 
@@ -49,7 +50,18 @@ Head = Annotated[
     str | None,
     typer.Option("--head", metavar="REV", help="The revision that is judged. Default: the working tree, as it is."),
 ]
-GatePreset = Annotated[str, typer.Option("--preset", metavar="NAME", help="What is measured, as in mdnbench sweep.")]
+GatePreset = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="NAME", help=f"What is measured, as in mdnbench sweep. Default: {GATE_PRESET}."),
+]
+GateThreshold = Annotated[
+    str | None,
+    typer.Option(
+        "--threshold",
+        metavar="PERCENT",
+        help="Smaller differences do not matter: 3% or 0.03. Default: 3%; of --static, for instructions, 5%.",
+    ),
+]
 Blocks = Annotated[
     str | None,
     typer.Option(
@@ -59,7 +71,12 @@ Blocks = Annotated[
     ),
 ]
 GateTimeLimit = Annotated[
-    str, typer.Option("--time-limit", metavar="SECONDS", help="Of sampling a point in a block, at most.")
+    str | None,
+    typer.Option(
+        "--time-limit",
+        metavar="SECONDS",
+        help=f"Of sampling a point in a block, at most. Default: {GATE_TIME_LIMIT_S}.",
+    ),
 ]
 GateOut = Annotated[
     Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the blocks. Default: runs/<time>-gate.")
@@ -114,12 +131,12 @@ def compare(
 def gate(
     base: Base = None,
     head: Head = None,
-    preset: GatePreset = GATE_PRESET,
+    preset: GatePreset = None,
     provider: arg.Provider = None,
     device: arg.SweepDevice = None,
-    threshold: Threshold = "3%",
+    threshold: GateThreshold = None,
     blocks: Blocks = None,
-    time_limit: GateTimeLimit = str(GATE_TIME_LIMIT_S),
+    time_limit: GateTimeLimit = None,
     out: GateOut = None,
     markdown: Markdown = None,
     static: Static = False,
@@ -129,13 +146,21 @@ def gate(
     """Is this code slower than a base revision?
 
     Installs both revisions of the repository of this folder, measures them in turn in fresh processes, and compares
-    pairs of neighbours. Exit code: 0 same or faster; 1 slower, gone or more memory; 3 undecided; 4 no verdict.
+    pairs of neighbours. With --static it compiles the code that this command is of. Exit code: 0 same or faster; 1
+    slower, gone or more memory; 3 undecided; 4 no verdict.
     """
     if static:
+        timed = {
+            "--preset": preset, "--provider": provider, "--device": device, "--blocks": blocks,
+            "--time-limit": time_limit, "--out": out, "--json": as_json or None,
+        }  # fmt: skip
         with validating():
-            part = None if threshold == "3%" else parse_percent("--threshold", threshold)
+            part = None if threshold is None else parse_percent("--threshold", threshold)
             if head is not None:
                 raise BadInput("--static judges the code as it is here: leave --head out")
+            for name, value in timed.items():
+                if value is not None:
+                    raise BadInput(f"{name} is of a gate by times: leave it out, or --static")
         raise typer.Exit(_run_static(base, target, part, markdown))
     with validating():
         from . import options, parse
@@ -146,10 +171,10 @@ def gate(
             raise BadInput("--base is missing: name the revision to compare with, such as --base main")
         if target is not None:
             raise BadInput("--target goes with --static")
-        part = parse_percent("--threshold", threshold)
+        part = parse_percent("--threshold", threshold or GATE_THRESHOLD)
         pairs = None if blocks is None else parse.parse_int("--blocks", blocks, least=2)
-        values = load_preset(preset) | {"name": "gate", "providers": list(ANY_PROVIDER)}
-        values["time_limit_s"] = parse.parse_seconds("--time-limit", time_limit)
+        values = load_preset(preset or GATE_PRESET) | {"name": "gate", "providers": list(ANY_PROVIDER)}
+        values["time_limit_s"] = parse.parse_seconds("--time-limit", time_limit or str(GATE_TIME_LIMIT_S))
         values["precision"] = GATE_PRECISION
         values |= {"device": device} if device else {}
         spec = make_spec(values, options.torch.cuda.device_count())
@@ -178,8 +203,7 @@ def _run_gate(wanted: Gate, folder: Path, markdown: Path | None, as_json: bool) 
         with ExitStack() as stack:
             found = run_gate(wanted, folder, environment.collect(wanted.spec.device), show)
     except GateError as fault:
-        fail(str(fault))
-        return ERROR
+        return _no_verdict(str(fault), markdown)
     except KeyboardInterrupt:
         fail(f"stopped; the blocks so far are in {folder}")
         return INTERRUPTED
@@ -193,12 +217,18 @@ def _run_static(base: str | None, target: str | None, threshold: float | None, m
     given = {"target": target, "threshold": threshold}
     code, text = run_static_gate(base, **{name: value for name, value in given.items() if value is not None})
     if code == ERROR:
-        fail(text)
-        return code
+        return _no_verdict(text, markdown)
     print(text)
     if markdown is not None:
         _write(markdown, text + "\n")
     return code
+
+
+def _no_verdict(reason: str, markdown: Path | None) -> int:
+    fail(reason)
+    if markdown is not None:  # a comment on a change has to say so too
+        _write(markdown, f"**No verdict:** {reason}\n")
+    return ERROR
 
 
 def _show_agreement(

@@ -92,12 +92,14 @@ def _kept(runs: Sequence[Run], asked: Mapping[str, str | Sequence[str] | None]) 
 
 
 def complete(runs: Sequence[Run]) -> list[Run]:
-    """The runs with what older rows lack and this machine knows: counts of operations, and peaks of the device."""
+    """The runs with what older rows lack: counts of operations, and peaks of the device, of another of these runs or
+    of this machine."""
     from .costs import with_costs
     from .peaks import with_peaks
 
+    measured = [run.environment["peaks"] for run in runs if run.environment.get("peaks")]
     return [
-        dataclasses.replace(run, records=with_costs(run.records), environment=with_peaks(run.environment))
+        dataclasses.replace(run, records=with_costs(run.records), environment=with_peaks(run.environment, measured))
         for run in runs
     ]
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .tune_views import TuneDisplay
 
 OPERATORS = ("mdn",)
-PRESETS = "paper-400m,paper-1.3b,long-context"
+PRESETS = "paper-400m,paper-1.3b,ci-gpu,long-context"
 RUN_NAME = "tune"
 _TAKES = {"--show": (), "--verify": ("--jobs",), "--export": ("--out",)}  # of the options of a search
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}

@@ -82,6 +82,7 @@ def launches_of(
     states: bool = True,
     chunk_size: int = 64,
     config: dict[str, int | None] | None = None,
+    training: bool = False,
 ) -> list[Recorded]:
     """Every launch of a pass, from tensors without memory.
 
@@ -94,8 +95,8 @@ def launches_of(
         packed: whether B sequences are packed into one batch of T tokens.
         states: whether there is an initial state, and the final one is returned.
         chunk_size: of the chunk form.
-        config: fields of the configuration of a "chunk" or "backward", in place of the table's. The forward is then
-            that of a training call, which stored configurations are for: it keeps the errors.
+        config: fields of the configuration of a "chunk" or "backward", in place of the table's.
+        training: whether a "chunk" is that of a training call, which keeps the errors for the backward.
     """
     element = getattr(torch, dtype)
     cu_seqlens = torch.empty(B + 1, dtype=torch.int64, device="meta") if packed else None
@@ -113,7 +114,7 @@ def launches_of(
             recurrent.recurrent_forward(*arguments)
         elif form == "chunk":
             chosen = choose_config(*shape) if config is None else KernelConfig(**config)
-            forward.chunk_forward(*arguments, chunk_size, config=chosen, keep_errors=config is not None)
+            forward.chunk_forward(*arguments, chunk_size, config=chosen, keep_errors=training)
         else:
             with recorded():
                 kept = forward.chunk_forward(*arguments, chunk_size, config=choose_config(*shape), keep_errors=True)

@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "paper-400m": {**_CHUNK, "B": 8, **_PAPER_400M},
     "paper-1.3b": {**_CHUNK, "B": 4, **_PAPER_1_3B},
     "h16d128, backward": {**_BACKWARD, "B": 4, **_H16D128},
+    "h16d128, one sequence, backward": {**_BACKWARD, "B": 1, **_H16D128},
     "d64, backward": {**_BACKWARD, "B": 4, "H": 32, "HV": 32, "K": 64, "V": 64},
     "paper-400m, backward": {**_BACKWARD, "B": 8, **_PAPER_400M},
     "paper-1.3b, backward": {**_BACKWARD, "B": 4, **_PAPER_1_3B},
@@ -52,7 +53,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def tuned_cases(capability: int) -> dict[str, dict[str, Any]]:
-    """What is shipped as tuned for GPUs of a compute capability (times ten), in a training call: as `CASES`."""
+    """What is shipped as tuned for GPUs of a compute capability (times ten): as `CASES`. A forward is there as in a
+    training call, and as in one without gradients, which is other code."""
     cases = {}
     for path in sorted(_TUNED.glob("*.json")):
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -63,12 +65,17 @@ def tuned_cases(capability: int) -> dict[str, dict[str, Any]]:
             K, V, C = key["head_dim_k"], key["head_dim_v"], key["chunk_size"]
             heads, tokens = 1 << key["heads_bucket"], 1 << key["length_bucket"]
             name = f"{path.stem} {key['direction']}, H{heads} T{tokens} K{K} V{V} C{C} {key['dtype']}"
-            if entry["source"] == "tuned":
-                cases[name] = {
-                    "form": "chunk" if key["direction"] == "forward" else "backward", "dtype": key["dtype"],
-                    "B": 1, "T": tokens, "H": heads, "HV": heads, "K": K, "V": V, "chunk_size": C,
-                    "free_p": key["free_p"], "states": False, "config": config,
-                }  # fmt: skip
+            if entry["source"] != "tuned":
+                continue
+            case = {
+                "dtype": key["dtype"], "B": 1, "T": tokens, "H": heads, "HV": heads, "K": K, "V": V, "chunk_size": C,
+                "free_p": key["free_p"], "states": False, "config": config,
+            }  # fmt: skip
+            if key["direction"] == "backward":
+                cases[name] = {"form": "backward", **case}
+            else:
+                cases[name] = {"form": "chunk", "training": True, **case}
+                cases[f"{name}, no gradients"] = {"form": "chunk", **case}
     return cases
 
 

@@ -27,11 +27,12 @@ ALL = "all"  # gate profiles of a check
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def select_providers(texts: Sequence[str] | None) -> dict[str, Provider]:
-    """The providers that --provider asks for, by name: names of providers, or of operators for all of theirs.
+def select_providers(texts: Sequence[str] | None, option: str = "--provider") -> dict[str, Provider]:
+    """The providers that are asked for, by name: names of providers, or of operators for all of theirs.
 
     Args:
         texts: each a name or several with commas; None or empty means every provider.
+        option: which names them.
 
     Raises:
         ValueError: for a name that is neither.
@@ -46,10 +47,10 @@ def select_providers(texts: Sequence[str] | None) -> dict[str, Provider]:
         if not found:
             near = difflib.get_close_matches(name, [*known, *operators], n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"--provider {name!r} is unknown: {hint}mdnbench list shows all names")
+            raise ValueError(f"{option} {name!r} is unknown: {hint}mdnbench list shows all names")
         chosen |= found
     if not chosen:
-        raise ValueError(f"--provider {','.join(texts)!r} names nothing: mdnbench list shows all names")
+        raise ValueError(f"{option} {','.join(texts)!r} names nothing: mdnbench list shows all names")
     return chosen
 
 

@@ -116,8 +116,7 @@ def load(environment: Mapping[str, Any], folder: Path | None = None) -> Peaks | 
         environment: of a run, or of `environment.collect(device)`.
         folder: of the file; None means `floors.cache_folder()`.
     """
-    wanted = identity(environment)
-    return next((it for it in _read(folder) if all(it.get(name) == value for name, value in wanted.items())), None)
+    return _of(identity(environment), _read(folder))
 
 
 def store(peaks: Peaks, folder: Path | None = None) -> Path:
@@ -140,10 +139,17 @@ def store(peaks: Peaks, folder: Path | None = None) -> Path:
     return path
 
 
-def with_peaks(environment: dict[str, Any]) -> dict[str, Any]:
-    """An environment with the stored peaks of its device under "peaks", unless it holds some or none are stored."""
-    found = None if environment.get("peaks") or not environment.get("device") else load(environment)
+def with_peaks(environment: dict[str, Any], measured: Sequence[Peaks] = ()) -> dict[str, Any]:
+    """An environment with the peaks of its device under "peaks": its own, else the first of `measured` that is of the
+    same device and driver, else what is stored here. Without them where there are none."""
+    if environment.get("peaks") or not environment.get("device"):
+        return environment
+    found = _of(identity(environment), measured) or load(environment)
     return environment | {"peaks": found} if found else environment
+
+
+def _of(wanted: Mapping[str, Any], measured: Sequence[Peaks]) -> Peaks | None:
+    return next((it for it in measured if all(it.get(name) == value for name, value in wanted.items())), None)
 
 
 def _read(folder: Path | None) -> list[Peaks]:

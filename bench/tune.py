@@ -89,7 +89,7 @@ class MdnKernel(Tunable):
 
     @property
     def compiled_first(self) -> bool:
-        return self.kernel is not None  # for all together the kernels have been
+        return self.kernel is not None  # for all together the kernels of a training call have been
 
     @property
     def run_variables(self) -> dict[str, str | None]:
@@ -119,8 +119,6 @@ class MdnKernel(Tunable):
             kept = self._kept_for_backward(inputs)
         with recorded() as launches:
             self._call(candidate, inputs, d_output, kept)
-            if self._serves_inference():
-                self._inference(candidate, inputs)
         wanted = self._wanted()
         capability = int(self.gpu.compute_capability.replace(".", ""))
         return [compile_launch(*launch, capability) for launch in launches if launch[0].__name__ in wanted]
@@ -147,22 +145,20 @@ class MdnKernel(Tunable):
         w = self.workload
         short = w.with_(seq_len=CHECKED_CHUNKS * w.chunk_size + 1, batch=CHECKED_BATCH)
 
+        whole_forward = self.direction == "forward" and self.kernel is None
+
         def prepare(inputs: Inputs, d_output: Tensor) -> Callable[[], dict[str, Tensor]]:
-            if self.direction == "forward" and self.kernel is None:
+            if whole_forward:
                 return functools.partial(self._both, candidate, inputs, d_output)
             return functools.partial(self._call, candidate, inputs, d_output, self._kept_for_backward(inputs))
 
-        fault = first_fault(OPERATOR, short, self.profiles, prepare, self.folder)
-        if fault is None and self._serves_inference():
-            fault = first_fault(
-                OPERATOR, short, self.profiles, lambda inputs, _: functools.partial(self._inference, candidate, inputs),
-                self.folder,
-            )  # fmt: skip
-        return fault
+        def prepare_inference(inputs: Inputs, d_output: Tensor) -> Callable[[], dict[str, Tensor]]:
+            return lambda: {"o": self._forward(inputs, candidate, keep_errors=False).o}
 
-    def _serves_inference(self) -> bool:
-        """Whether what is found serves calls without gradients too, for which the scan is compiled without R."""
-        return self.direction == "forward" and self.kernel is None
+        fault = first_fault(OPERATOR, short, self.profiles, prepare, self.folder)
+        if fault is None and whole_forward:  # which serves calls without gradients too: the scan is other code there
+            fault = first_fault(OPERATOR, short, self.profiles, prepare_inference, self.folder)
+        return fault
 
     def _wanted(self) -> tuple[str, ...]:
         kernels = _KERNELS[self.direction]
@@ -181,14 +177,11 @@ class MdnKernel(Tunable):
         kept = self._forward(inputs, candidate)
         return {"o": kept.o, **self._backward(dict(self.backward_base), inputs, d_output, kept)}
 
-    def _inference(self, candidate: Candidate, inputs: Inputs) -> dict[str, Tensor]:
-        return {"o": self._forward(inputs, candidate, keep_errors=False).o}
-
     def _kept_for_backward(self, inputs: Inputs) -> forward.Forward | None:
         return self._forward(inputs) if self.direction == "backward" else None
 
     def _common(self, inputs: Inputs) -> dict[str, Any]:
-        """Arguments of both directions: as a layer calls them in training."""
+        """Arguments of both directions: as a layer calls them."""
         return {
             **{name: inputs.get(name) for name in _NAMES}, "scale": None, "initial_state": None, "cu_seqlens": None,
             "use_qk_l2norm_in_kernel": True, "use_p_times_alpha": True, "chunk_size": self.workload.chunk_size,
@@ -397,12 +390,10 @@ def known_gpus(device: str | None) -> list[store.Gpu]:
 
 
 def export(gpu: store.Gpu, workloads: Sequence[Workload], folder: Path | None = None) -> tuple[Path, int]:
-    """Copy the user's entries for a GPU to a folder, None for the shipped ones, and add the choices of the table for
-    those of `workloads` that have none. What was tuned for kernels of another source is dropped, since it cannot be
-    used with these. Returns the file and how many of its entries are tuned."""
+    """Copy the user's entries for a GPU to a folder, None for the shipped ones, with those of the table for `workloads`
+    that have none, without those of other kernels' code. Returns the file and how many of its entries are tuned."""
     folder = folder or store.SHIPPED_FOLDER
-    path = store.file_of(store.user_folder(), gpu.name)
-    _, tuned = store.read_if_right(path) or (None, [])
-    chosen = [entry for workload in workloads for entry in hand_chosen(workload, gpu)]
-    path = store.write(folder, gpu, [*chosen, *tuned], kernels=source_hash())
+    _, tuned = store.read_if_right(store.file_of(store.user_folder(), gpu.name)) or (None, [])
+    of_the_table = (entry for workload in workloads for entry in hand_chosen(workload, gpu))
+    path = store.write(folder, gpu, [*of_the_table, *tuned], kernels=source_hash())
     return path, sum(entry.source == store.TUNED for entry in store.read(path)[1])

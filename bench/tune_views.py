@@ -48,14 +48,18 @@ class TuneDisplay:
                 self._live.update(lines_of(self.heading, progress), refresh=True)
         elif now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
-            first = f"{self.heading}: {_state(progress)}"
-            print(f"{first}; {_counts(progress).plain}", file=sys.stderr, flush=True)
+            parts = [f"{self.heading}: {_state(progress)}", _counts(progress).plain, *_best(progress)]
+            print("; ".join(parts), file=sys.stderr, flush=True)
 
 
 def lines_of(heading: str, progress: Progress) -> Group:
     """The lines on a terminal."""
-    best = [Text(f"  best of {_short(name)}: {latency}", "dim") for name, latency in progress.best.items()]
+    best = [Text(f"  {it}", "dim") for it in _best(progress)]
     return Group(Text(f"{heading}: {_state(progress)}"), Text("  ").append_text(_counts(progress)), *best)
+
+
+def _best(progress: Progress) -> list[str]:
+    return [f"best of {_short(name)}: {latency}" for name, latency in progress.best.items()]
 
 
 def _state(progress: Progress) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 # Left free: Triton keeps barriers and the exchange of register layouts there too.
 SHARED_MEMORY_MARGIN = 4096
+STATE_SLICE = 64  # columns of K that the scans multiply at a time: SLICE of pairs.py, without Triton
 MAX_HEAD_DIM_K = 256
 
 
@@ -79,7 +80,7 @@ def block_size(n: int) -> int:
 
 def scan_shared_memory(config: KernelConfig, block_k: int, chunk_size: int, element_bytes: int, free_p: bool) -> int:
     """Upper estimate in bytes of the shared memory of the scan, against what Triton 3.6 allocates (tests/kernels)."""
-    C, rows, slice_k = chunk_size, 2 * config.block_v, min(64, block_k)  # of pairs.py
+    C, rows, slice_k = chunk_size, 2 * config.block_v, min(STATE_SLICE, block_k)
     if element_bytes == 4:  # both operands of one product at a time, each as two TF32 halves
         return max(2 * C * (C + rows) * 4, 4 * C * slice_k * 4) + SHARED_MEMORY_MARGIN
     state = rows * slice_k * element_bytes if config.scan_warps == 8 and config.block_v <= 32 else 0
@@ -138,7 +139,7 @@ def choose_config(
         config = KernelConfig(block_v, 4, 1)
     elif chunk_size == 128:
         config = KernelConfig(block_v, 8, 1)
-    elif _are_tiles_wide(block_k, head_dim_v, heads, multiprocessors):
+    elif _are_tiles_wide(block_k, head_dim_v, chunk_size, heads, multiprocessors):
         config = KernelConfig(64, 8, 2)
     elif block_k > 128:
         config = KernelConfig(block_v, 4, 2)
@@ -154,7 +155,8 @@ def choose_config(
         if config.scan_stages > 1:
             config = replace(config, scan_stages=config.scan_stages - 1)
         elif config.block_v > 16 and prepare_bytes <= shared_memory_bytes:
-            config = replace(config, block_v=config.block_v // 2)
+            warps = 4 if config.block_v == 64 else config.scan_warps
+            config = replace(config, block_v=config.block_v // 2, scan_warps=warps)
         else:
             raise ValueError(
                 f"chunk_size={chunk_size} with K={head_dim_k} and {element_bytes} bytes an element needs more shared "
@@ -188,10 +190,11 @@ def backward_shared_memory(
     }
 
 
-def _are_tiles_wide(block_k: int, head_dim_v: int, heads: int, multiprocessors: int) -> bool:
-    """Whether the scans take 64 columns of V. For K above 128 a multiprocessor holds one program of either width, and
-    one of twice the width takes 1.3 times as long; below, two of half the width fit."""
-    return block_k > 128 and head_dim_v > 32 and 2 * heads * -(-head_dim_v // 64) > multiprocessors
+def _are_tiles_wide(block_k: int, head_dim_v: int, chunk_size: int, heads: int, multiprocessors: int) -> bool:
+    """Whether the scans take 64 columns of V, with 8 warps. For K above 128 and chunks of 64 a multiprocessor holds one
+    program of either width, and one of twice the width takes 1.3 times as long; below, two of half the width fit."""
+    narrow_programs = heads * -(-head_dim_v // 32)
+    return block_k > 128 and chunk_size == 64 and head_dim_v > 32 and narrow_programs > multiprocessors
 
 
 @functools.cache
@@ -209,7 +212,7 @@ def choose_backward_config(
     _check_head_dim_k(head_dim_k)
     block_k, block_v = block_size(head_dim_k), block_size(head_dim_v)
     few = heads * -(-head_dim_v // 16) <= multiprocessors
-    wide = _are_tiles_wide(block_k, head_dim_v, heads, multiprocessors) and element_bytes == 2
+    wide = _are_tiles_wide(block_k, head_dim_v, chunk_size, heads, multiprocessors) and element_bytes == 2
     scan_v = 64 if wide else min(16 if few and block_k <= 128 else 32, block_v)
     # Tiles with more columns of V than of K are miscompiled for sm_90: the matrices kernel then reads out of bounds.
     chunk_v = min(32 if element_bytes == 4 else 64, block_v, block_k)
@@ -241,7 +244,8 @@ def choose_backward_config(
         if stages > 1:
             config = replace(config, **{f"{kernel}_stages": stages - 1})
         elif kernel == "scan" and config.scan_block_v > 16:
-            config = replace(config, scan_block_v=config.scan_block_v // 2)
+            warps = 4 if config.scan_block_v == 64 else config.scan_warps
+            config = replace(config, scan_block_v=config.scan_block_v // 2, scan_warps=warps)
         else:
             raise ValueError(
                 f"chunk_size={chunk_size} with K={head_dim_k} and {element_bytes} bytes an element needs more shared "

@@ -72,7 +72,7 @@ def is_layer_call(
     has_states: bool,
 ) -> bool:  # fmt: skip
     """Whether a call is as a layer makes it, in training or without gradients, with no state. Stored configurations
-    were checked in such calls, and serve no others: the code compiled for these is another.
+    were checked in such calls and serve no others, for which other code is compiled.
 
     Args:
         has_states: whether there is an initial state, or a final one, or its gradient.

@@ -245,12 +245,22 @@ def test_outside_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("gate --base x --preset fast", "--preset 'fast' is unknown"),
         ("gate --base x --target sm_90", "--target goes with --static"),
         ("gate --static --head x", "--static judges the code as it is here"),
+        ("gate --static --blocks 8", "--blocks is of a gate by times: leave it out, or --static"),
+        ("gate --static --json", "--json is of a gate by times"),
         ("compare nowhere nowhere", "RUN 'nowhere' has no results.jsonl"),
     ],
 )
 def test_bad_input(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments.split()) == 2
     assert words in capsys.readouterr().err
+
+
+def test_no_verdict_is_written_for_a_comment_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("--static", "--out out"):
+        file = tmp_path / f"{kind.split()[0]}.md"
+        assert main(["gate", "--base", "no-such-revision", *kind.split(), "--markdown", str(file)]) == 4
+        assert "--base 'no-such-revision' is no revision of" in (said := capsys.readouterr().err)
+        assert file.read_text() == said.replace("mdnbench: ", "**No verdict:** ")
 
 
 def test_the_command_prints_writes_and_exits_with_the_verdict(

@@ -76,6 +76,9 @@ def test_an_environment_keeps_its_own_peaks() -> None:
     assert peaks.with_peaks(CPU)["peaks"]["copy_bytes_per_s"] == 1e10
     assert peaks.with_peaks(CPU | {"peaks": {"copy_bytes_per_s": 1.0}})["peaks"] == {"copy_bytes_per_s": 1.0}
     assert "peaks" not in peaks.with_peaks(H200)
+    of_another_run = [stored_peaks(H200 | {"gpu": {"driver": "590.0"}}), stored_peaks(H200)]
+    assert peaks.with_peaks(H200, of_another_run)["peaks"]["driver"] == "580.1"
+    assert "peaks" not in peaks.with_peaks(H200, of_another_run[:1])
     assert peaks.with_peaks({}) == {}
 
 

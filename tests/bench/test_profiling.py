@@ -174,7 +174,7 @@ def test_a_profile_may_have_more_value_heads_than_query_heads(tmp_path) -> None:
     ("arguments", "words"),
     [
         ("profile", "Missing argument 'PROVIDER...'"),
-        ("profile nothing-like-it", "--provider 'nothing-like-it' is unknown"),
+        ("profile nothing-like-it", "PROVIDER 'nothing-like-it' is unknown"),
         ("profile mdn-torch --seq-len 1k,2k", "--seq-len '1k,2k': a profile has one workload"),
         ("profile mdn-torch --dtype float32,float16", "--dtype 'float32,float16': give one dtype here"),
         ("profile mdn-torch --heads 2 --value-heads 3", "--value-heads 3 is not a multiple of --heads 2: use 2, 4"),

@@ -130,6 +130,23 @@ def test_wrong_results_are_said_with_tensor_and_profile(monkeypatch, fault, reas
 
 
 @interpreted
+def test_a_whole_forward_is_checked_without_gradients_too(monkeypatch) -> None:
+    run = tune.forward.chunk_forward
+
+    def faulty(**arguments):
+        result = run(**arguments)
+        if not arguments["keep_errors"]:
+            result.o.mul_(1.1)
+        return result
+
+    monkeypatch.setattr(tune.forward, "chunk_forward", faulty)
+    scan = kernels(profiles=("mild",))["forward scan"]
+    assert scan.check(dict(scan.base)) is None
+    whole = replace(scan, kernel=None, others=())
+    assert whole.check(dict(scan.base)).startswith("o has a relative error of 0.1 at mild")
+
+
+@interpreted
 def test_one_kernel_is_launched_alone() -> None:
     found = kernels()
     for name, launched in (("forward prepare", 1), ("backward gradients", 1)):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("nothing_stored")
 
 def test_shapes_are_those_of_presets_each_once() -> None:
     shapes = cli_tune.shapes_of(None, {})
-    assert len(shapes) == 13
+    assert len(shapes) == 14
     assert {shape.device for shape in shapes} == {"cuda"}
     given = {"batch": "4", "heads": "16", "head_dim": "128", "v_head_dim": "128", "seq_len": "4k,4000"}
     (one,) = cli_tune.shapes_of(None, given)  # 4000 and 4096 tokens have one entry
@@ -272,4 +272,5 @@ def test_progress_on_a_terminal_and_in_a_log(capsys, monkeypatch) -> None:
     with tune_views.TuneDisplay() as display:
         display.heading = "shape"
         display(progress)
-    assert capsys.readouterr().err == "shape: short trials 1/3, 40 s left; 1 ok, 2 pruned\n"
+    line = "shape: short trials 1/3, 40 s left; 1 ok, 2 pruned; best of forward scan: 0.25 ms\n"
+    assert capsys.readouterr().err == line

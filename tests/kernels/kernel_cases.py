@@ -51,6 +51,7 @@ FEATURES = {
     "more value heads than a program of the gates": ({"H": 1, "HV": 17, "T": 5}, (), {}),
     "sizes that are no power of two": ({"K": 20, "V": 33}, (), {}),
     "three V tiles": ({"V": 150}, (), {}),
+    "three slices of K": ({"K": 150, "T": 20}, (), {"chunk_size": 16}),
     "largest K": ({"K": 256, "T": 20}, (), {"chunk_size": 16}),
     "largest V": ({"V": 512, "T": 20}, (), {"chunk_size": 16}),
     "packed": ({"T": 170, "N": 8}, (), {"cu_seqlens": [0, 0, 32, 33, 33, 98, 162, 170, 170]}),

@@ -4,6 +4,7 @@ import pytest
 from kernel_cases import compile_launches
 
 from mdnbench.kernels.config import (
+    STATE_SLICE,
     KernelConfig,
     backward_shared_memory,
     block_size,
@@ -11,6 +12,7 @@ from mdnbench.kernels.config import (
     choose_config,
     scan_shared_memory,
 )
+from mdnbench.kernels.pairs import SLICE
 
 H200 = (232448, 132)  # shared memory a program may use in bytes, multiprocessors
 A100 = (166912, 108)
@@ -26,6 +28,8 @@ L40S = (101376, 142)
         (64, 64, 64, 2, 128, False, H200, KernelConfig(32, 4, 2, 4, 168)),
         (256, 512, 64, 2, 24, False, H200, KernelConfig(64, 8, 2, 4, 168)),  # wide tiles for K above 128
         (256, 512, 64, 2, 6, False, H200, KernelConfig(32, 4, 2, 4, 168)),
+        (256, 96, 64, 2, 40, False, H200, KernelConfig(32, 4, 2, 4, 168)),  # 120 narrow programs, 132 multiprocessors
+        (256, 512, 32, 2, 24, False, H200, KernelConfig(32, 4, 2, 4, None)),
         (200, 32, 64, 2, 256, False, H200, KernelConfig(32, 4, 2, 4, 168)),
         (100, 33, 64, 2, 256, False, H200, KernelConfig(32, 4, 2, 4, 168)),  # as 128 and 64
         (16, 16, 16, 2, 256, False, H200, KernelConfig(16, 4, 2, 4, None)),
@@ -35,6 +39,7 @@ L40S = (101376, 142)
         (128, 128, 64, 2, 64, True, A100, KernelConfig(32, 4, 2, 4, 168)),
         (128, 128, 64, 2, 64, False, L40S, KernelConfig(32, 4, 1, 4, 168)),
         (256, 512, 64, 2, 24, True, H200, KernelConfig(64, 8, 1, 4, 168)),
+        (256, 512, 64, 2, 24, False, L40S, KernelConfig(16, 4, 1, 4, 168)),  # and no 8 warps where tiles are narrow
     ],
 )
 def test_table(K, V, chunk_size, element_bytes, heads, free_p, limits, expected):
@@ -44,7 +49,8 @@ def test_table(K, V, chunk_size, element_bytes, heads, free_p, limits, expected)
 
 
 @pytest.mark.parametrize(
-    ("K", "chunk_size", "element_bytes", "limits"), [(256, 128, 2, L40S), (128, 128, 4, L40S), (256, 128, 4, H200)]
+    ("K", "chunk_size", "element_bytes", "limits"),
+    [(256, 128, 2, L40S), (128, 128, 4, L40S), (256, 128, 4, H200), (64, 128, 4, A100)],
 )
 def test_chunks_that_do_not_fit(K, chunk_size, element_bytes, limits):
     message = (
@@ -55,16 +61,33 @@ def test_chunks_that_do_not_fit(K, chunk_size, element_bytes, limits):
         choose_config(K, 128, chunk_size, element_bytes, 64, False, *limits)
 
 
-@pytest.mark.parametrize("limits", [A100, H200], ids=["A100", "H200"])
-def test_every_size_has_a_configuration(limits):
-    """At the default chunk size and in bfloat16, whatever else; smaller GPUs have one for K up to 128."""
+@pytest.mark.parametrize(
+    ("choose", "limits", "refused"),
+    [
+        (choose_config, H200, ()),
+        (choose_backward_config, H200, ()),
+        (choose_config, A100, ()),
+        (choose_backward_config, A100, (True,)),
+        (choose_config, L40S, (True,)),
+        (choose_backward_config, L40S, (False, True)),
+    ],
+    ids=["H200", "H200 backward", "A100", "A100 backward", "L40S", "L40S backward"],
+)
+def test_every_size_has_a_configuration(choose, limits, refused):
+    """At the default chunk size and in bfloat16, whatever else; on smaller GPUs K above 128 not with every free_p."""
     for K in (16, 20, 64, 100, 128, 200, 256):
         for V in (16, 24, 64, 100, 512):
             for heads in (1, 16, 1024):
                 for free_p in (False, True):
-                    choose_config(K, V, 64, 2, heads, free_p, *limits)
-                    if K <= 128:
-                        choose_config(K, V, 64, 2, heads, free_p, *L40S)
+                    if K > 128 and free_p in refused:
+                        with pytest.raises(ValueError, match="use a smaller chunk_size"):
+                            choose(K, V, 64, 2, heads, free_p, *limits)
+                    else:
+                        choose(K, V, 64, 2, heads, free_p, *limits)
+
+
+def test_slices_are_those_of_the_kernels():
+    assert SLICE.value == STATE_SLICE
 
 
 SIZES = {"form": "chunk", "dtype": "bfloat16", "T": 4096}
@@ -82,15 +105,17 @@ SHIPPED = {
     "paper-1.3b": PAPER_1_3B,
     "paper-1.3b, no states": {**PAPER_1_3B, "states": False},
     "on an A100": {**H16D128, "capability": 80},
+    "paper-1.3b on an L40S": {**PAPER_1_3B, "capability": 89},
     "float32": {**SIZES, "dtype": "float32", "chunk_size": 32, "B": 4, "H": 4, "HV": 4, "K": 64, "V": 64},
 }
 # Bytes of stack (spills) a thread of the gates, prepare and scan kernels: the most that Triton 3.7.1 with its ptxas
 # 12.8.93 needs for the cases of that name, and 16 more, or 0. Prepare spills since its registers are limited; the scans
-# of paper-1.3b around their loops, where they read and write states: no more than 34 instructions of a loop do.
+# around their loops, where they read and write states: at K = 256 no more than 34 instructions of a loop do.
 STACK_BYTES = {
     "sm_90": (0, 152, 80),
     "paper-1.3b": (0, 152, 296),
     "on an A100": (0, 968, 304),
+    "paper-1.3b on an L40S": (0, 2344, 384),
     "float32": (0, 416, 96),
 }
 
@@ -103,7 +128,7 @@ def test_shipped_configurations_compile():
         assert [usage["kernel"] for usage in used] == ["gates_fwd_kernel", "prepare_fwd_kernel", "scan_fwd_kernel"]
         for usage, limit in zip(used, STACK_BYTES.get(name, STACK_BYTES["sm_90"]), strict=True):
             assert usage["stack_bytes"] <= limit, (name, usage)
-        limits = A100 if name == "on an A100" else H200
+        limits = {80: A100, 89: L40S, 90: H200}[case.get("capability", 90)]
         element_bytes = 4 if name == "float32" else 2
         chunk_size, free_p = case.get("chunk_size", 64), case.get("free_p", False)
         config = choose_config(case["K"], case["V"], chunk_size, element_bytes, case["B"] * case["HV"], free_p, *limits)
@@ -116,7 +141,7 @@ def test_shipped_configurations_compile():
 BACKWARD = {
     name: {**case, "form": "backward", "states": True}
     for name, case in {**SHIPPED, "grouped": {**H16D128, "H": 4}, "chunks of 16": {**H16D128, "chunk_size": 16}}.items()
-    if name not in ("h16d128, no states", "d64, few heads", "paper-400m", "paper-1.3b, no states", "on an A100")
+    if "no states" not in name and "capability" not in case and name not in ("d64, few heads", "paper-400m")
 }
 # Stack as above, in the order of the launches: prepare (attention alone), scan, matrices, states, gradients, gates.
 BACKWARD_KERNELS = ("prepare_fwd", "scan_bwd", "matrices_bwd", "states_bwd", "gradients_bwd", "gates_bwd")

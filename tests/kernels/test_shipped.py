@@ -38,23 +38,27 @@ def test_shipped_entries_are_valid_and_those_of_the_table_are_as_in_the_table(pa
 
 
 # Bytes of stack (spills) a thread: the most that Triton 3.7.1 with its ptxas 12.8.93 needs for a tuned entry, and 16
-# more, or 0. Prepare and gradients spill since their registers are limited, the scans at K = 256 alone.
+# more, or 0. Prepare and gradients spill since their registers are limited.
 STACK_BYTES = {
-    "gates_fwd": 0, "prepare_fwd": 144, "scan_fwd": 64, "scan_bwd": 48, "matrices_bwd": 712, "states_bwd": 0,
-    "gradients_bwd": 104, "gates_bwd": 104,
+    "gates_fwd": 0, "prepare_fwd": 144, "scan_fwd": 0, "scan_bwd": 0, "matrices_bwd": 168, "states_bwd": 0,
+    "gradients_bwd": 104, "gates_bwd": 48,
 }  # fmt: skip
+STACK_BYTES_AT_K_256 = {**STACK_BYTES, "scan_fwd": 64, "scan_bwd": 48, "matrices_bwd": 712, "gates_bwd": 104}
 
 
 def test_tuned_entries_compile_for_sm_90_without_more_spills_than_known():
     """Whatever version of the kernels they were found with."""
     cases = inspection.tuned_cases(90)
     read = [entry for path in FILES for entry in store.read(path)[1]]
-    assert len(cases) == sum(entry.source == store.TUNED for entry in read) > 0
+    tuned = [entry.key.direction for entry in read if entry.source == store.TUNED]
+    assert len(cases) == len(tuned) + tuned.count("forward") > 0  # forwards with gradients, and without
     found = compile_launches(cases)
     assert {launch["case"] for launch in found} == set(cases)
     for launch in found:
-        assert launch["stack_bytes"] <= STACK_BYTES[launch["kernel"].removesuffix("_kernel")], launch
-        config = cases[launch["case"]]["config"]
+        case = cases[launch["case"]]
+        limits = STACK_BYTES_AT_K_256 if case["K"] == 256 else STACK_BYTES
+        assert launch["stack_bytes"] <= limits[launch["kernel"].removesuffix("_kernel")], launch
+        config = case["config"]
         if launch["kernel"] in ("scan_fwd_kernel", "scan_bwd_kernel"):  # compiled as stored, not as the table says
             stored = {name: config[f"scan_{name}"] for name in ("max_registers", "stages", "warps")}
             used = {"max_registers": launch["max_registers"]}
