@@ -22,16 +22,31 @@ PROFILE_FILE = "profile.json"
 MOST_KERNELS = 12  # in the table on the terminal; the file has all
 LIMIT_S = 3600.0  # of one provider: what hangs ends at last
 
+SIZES = {"--seq-len": "2048", "--head-dim": "64", "--chunk-size": "64", "--batch": "1", "--heads": "4"}  # of no preset
+
+
+def _size(option: str, meaning: str) -> Any:
+    return Annotated[str | None, typer.Option(option, metavar="INT", help=f"{meaning} Default: {SIZES[option]}.")]
+
+
 Providers = Annotated[
     list[str], typer.Argument(metavar="PROVIDER...", help="Providers, or operators for all of theirs: mdn-torch,gdn.")
 ]
 Mode = Annotated[str, typer.Option("--mode", metavar="NAME", help="forward, backward or forward_backward.")]
-SeqLen = Annotated[str, typer.Option("--seq-len", metavar="INT", help="Tokens a sequence.")]
-HeadDim = Annotated[str, typer.Option("--head-dim", metavar="INT", help="Key dimension K of a head.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Shape of a preset of mdnbench sweep, where it lists several the last; sizes given beside it change it.",
+    ),
+]
+SeqLen = _size("--seq-len", "Tokens a sequence.")
+HeadDim = _size("--head-dim", "Key dimension K of a head.")
 VHeadDim = Annotated[str | None, typer.Option("--v-head-dim", metavar="INT", help="Value dimension V. Default: K.")]
-ChunkSize = Annotated[str, typer.Option("--chunk-size", metavar="INT", help="Tokens a chunk.")]
-Batch = Annotated[str, typer.Option("--batch", metavar="INT", help="Sequences.")]
-Heads = Annotated[str, typer.Option("--heads", metavar="INT", help="Query and key heads.")]
+ChunkSize = _size("--chunk-size", "Tokens a chunk.")
+Batch = _size("--batch", "Sequences.")
+Heads = _size("--heads", "Query and key heads.")
 Calls = Annotated[str, typer.Option("--calls", metavar="INT", help="How many calls are recorded.")]
 ProfileOut = Annotated[
     Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the traces. Default: runs/<time>-profile.")
@@ -41,12 +56,13 @@ ProfileOut = Annotated[
 @app.command("profile")
 def profile_providers(
     providers: Providers,
-    seq_len: SeqLen = "2048",
-    head_dim: HeadDim = "64",
+    preset: Preset = None,
+    seq_len: SeqLen = None,
+    head_dim: HeadDim = None,
     v_head_dim: VHeadDim = None,
-    chunk_size: ChunkSize = "64",
-    batch: Batch = "1",
-    heads: Heads = "4",
+    chunk_size: ChunkSize = None,
+    batch: Batch = None,
+    heads: Heads = None,
     value_heads: arg.ValueHeads = None,
     mode: Mode = "forward",
     dtype: arg.Dtype = "auto",
@@ -72,18 +88,22 @@ def profile_providers(
 
         place = options.device_name(device)
         kind = place.partition(":")[0]
-        groups = parse.parse_int("--heads", heads)
-        spread = None if value_heads is None else parse.parse_int("--value-heads", value_heads)
+        given = {
+            "--seq-len": seq_len, "--head-dim": head_dim, "--v-head-dim": v_head_dim or head_dim,
+            "--chunk-size": chunk_size, "--batch": batch, "--heads": heads, "--value-heads": value_heads or heads,
+        }  # fmt: skip
+        sizes = _sizes_of(preset) | {name: text for name, text in given.items() if text is not None}
+        groups, spread = (parse.parse_int(name, sizes[name]) for name in ("--heads", "--value-heads"))
         options.check_value_heads(groups, spread)
         chosen_mode = _one(parse.parse_choices("--mode", [mode], MODES), "--mode", mode)
         workload = Workload(
-            seq_len=_one(parse.parse_ints("--seq-len", seq_len), "--seq-len", seq_len),
-            head_dim_k=parse.parse_int("--head-dim", head_dim),
-            head_dim_v=parse.parse_int("--v-head-dim", v_head_dim or head_dim),
-            batch=parse.parse_int("--batch", batch),
+            seq_len=_one(parse.parse_ints("--seq-len", sizes["--seq-len"]), "--seq-len", sizes["--seq-len"]),
+            head_dim_k=parse.parse_int("--head-dim", sizes["--head-dim"]),
+            head_dim_v=parse.parse_int("--v-head-dim", sizes["--v-head-dim"]),
+            batch=parse.parse_int("--batch", sizes["--batch"]),
             heads=groups,
             value_heads=spread,
-            chunk_size=parse.parse_int("--chunk-size", chunk_size),
+            chunk_size=parse.parse_int("--chunk-size", sizes["--chunk-size"]),
             dtype=options.one_dtype(dtype, place),
             device=kind,
             gates=options.parse_gates(gates) if gates else "mild",
@@ -133,6 +153,22 @@ def _record(point: Point, device: str, calls: int, folder: Path) -> Profile:
         return worker.trace(Trace(point, calls, folder / f"trace-{point.provider}.json.gz"), LIMIT_S)
     finally:
         worker.stop()
+
+
+def _sizes_of(preset: str | None) -> dict[str, str]:
+    """The sizes of a preset, where it lists several the last, as the texts of options; those of `SIZES` for None."""
+    from .presets import load_preset
+
+    if preset is None:
+        return {**SIZES, "--v-head-dim": SIZES["--head-dim"], "--value-heads": SIZES["--heads"]}
+    values = load_preset(preset)
+    key_dim, value_dim = values["head_dims"][-1]
+    sizes = {
+        "--seq-len": values["seq_lens"][-1], "--head-dim": key_dim, "--v-head-dim": value_dim,
+        "--chunk-size": values["chunk_sizes"][-1], "--batch": values["batch"], "--heads": values["heads"],
+        "--value-heads": values.get("value_heads", values["heads"]),
+    }  # fmt: skip
+    return {name: str(size) for name, size in sizes.items()}
 
 
 def _one(values: tuple[Any, ...], option: str, text: str) -> Any:

@@ -8,6 +8,7 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
+from mdnbench.baselines.workload import Workload
 from mdnbench.bench.cli import main
 from mdnbench.bench.profiling import IDLE, OTHER, Profile, read_trace, stage_of
 from mdnbench.reports import stages
@@ -171,6 +172,24 @@ def test_a_profile_may_have_more_value_heads_than_query_heads(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "batch", "seq_len", "head_dim_k", "head_dim_v", "heads", "chunk_size"),
+    [
+        ("--preset ci", 1, 100, 16, 32, 2, 32),
+        ("--preset ci --seq-len 32 --batch 2 --heads 1", 2, 32, 16, 32, 1, 32),
+        ("--preset ci --seq-len 32 --head-dim 8", 1, 32, 8, 8, 2, 32),
+    ],
+)
+def test_the_workload_may_be_that_of_a_preset(
+    options: str, batch: int, seq_len: int, head_dim_k: int, head_dim_v: int, heads: int, chunk_size: int, tmp_path
+) -> None:
+    arguments = f"profile mamba2-torch {options} --calls 1 --device cpu"
+    assert main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "profile.json").read_text())
+    expected = Workload(seq_len, head_dim_k, head_dim_v, batch=batch, heads=heads, chunk_size=chunk_size)
+    assert Workload.from_dict(row["workload"]) == expected
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("profile", "Missing argument 'PROVIDER...'"),
@@ -178,6 +197,7 @@ def test_a_profile_may_have_more_value_heads_than_query_heads(tmp_path) -> None:
         ("profile mdn-torch --seq-len 1k,2k", "--seq-len '1k,2k': a profile has one workload"),
         ("profile mdn-torch --dtype float32,float16", "--dtype 'float32,float16': give one dtype here"),
         ("profile mdn-torch --heads 2 --value-heads 3", "--value-heads 3 is not a multiple of --heads 2: use 2, 4"),
+        ("profile mdn-torch --preset fast", "--preset 'fast' is unknown: choose from ci, ci-gpu"),
         ("profile mdn-torch --mode all", "--mode 'all' is unknown"),
         ("profile mdn-torch --calls 0", "--calls '0' is not a whole number of at least 1"),
     ],
