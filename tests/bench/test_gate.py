@@ -256,9 +256,9 @@ def test_bad_input(arguments: str, words: str, capsys: pytest.CaptureFixture[str
 
 
 def test_no_verdict_is_written_for_a_comment_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for kind in ("--static", "--out out"):
-        file = tmp_path / f"{kind.split()[0]}.md"
-        assert main(["gate", "--base", "no-such-revision", *kind.split(), "--markdown", str(file)]) == 4
+    file = tmp_path / "verdict.md"
+    for kind in (["--static"], ["--out", str(tmp_path / "out")]):
+        assert main(["gate", "--base", "no-such-revision", *kind, "--markdown", str(file)]) == 4
         assert "--base 'no-such-revision' is no revision of" in (said := capsys.readouterr().err)
         assert file.read_text() == said.replace("mdnbench: ", "**No verdict:** ")
 
