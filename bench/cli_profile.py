@@ -90,7 +90,8 @@ def profile_providers(
         kind = place.partition(":")[0]
         given = {
             "--seq-len": seq_len, "--head-dim": head_dim, "--v-head-dim": v_head_dim or head_dim,
-            "--chunk-size": chunk_size, "--batch": batch, "--heads": heads, "--value-heads": value_heads or heads,
+            "--chunk-size": chunk_size, "--batch": batch, "--heads": heads,
+            "--value-heads": heads if value_heads is None else value_heads,
         }  # fmt: skip
         sizes = _sizes_of(preset) | {name: text for name, text in given.items() if text is not None}
         groups, spread = (parse.parse_int(name, sizes[name]) for name in ("--heads", "--value-heads"))

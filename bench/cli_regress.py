@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ERROR = 4  # of a gate that comes to no verdict; 2 is bad input
 INTERRUPTED = 130
 GATE_PRESET = "ci"
-GATE_THRESHOLD = "3%"
+THRESHOLD = "3%"
 GATE_TIME_LIMIT_S = 0.25  # of sampling a point in a block
 GATE_PRECISION = 0.001  # hardly reached in this time: both sides are sampled for as long
 
@@ -59,7 +59,7 @@ GateThreshold = Annotated[
     typer.Option(
         "--threshold",
         metavar="PERCENT",
-        help="Smaller differences do not matter: 3% or 0.03. Default: 3%; of --static, for instructions, 5%.",
+        help=f"Smaller differences do not matter: 3% or 0.03. Default: {THRESHOLD}; of --static, for instructions, 5%.",
     ),
 ]
 Blocks = Annotated[
@@ -94,7 +94,7 @@ Target = Annotated[
 def compare(
     run_a: RunA,
     run_b: RunB,
-    threshold: Threshold = "3%",
+    threshold: Threshold = THRESHOLD,
     repeat: Repeat = False,
     markdown: Markdown = None,
     as_json: arg.Json = False,
@@ -171,11 +171,12 @@ def gate(
             raise BadInput("--base is missing: name the revision to compare with, such as --base main")
         if target is not None:
             raise BadInput("--target goes with --static")
-        part = parse_percent("--threshold", threshold or GATE_THRESHOLD)
+        part = parse_percent("--threshold", THRESHOLD if threshold is None else threshold)
         pairs = None if blocks is None else parse.parse_int("--blocks", blocks, least=2)
-        values = load_preset(preset or GATE_PRESET) | {"name": "gate", "providers": list(ANY_PROVIDER)}
-        values["time_limit_s"] = parse.parse_seconds("--time-limit", time_limit or str(GATE_TIME_LIMIT_S))
-        values["precision"] = GATE_PRECISION
+        seconds = GATE_TIME_LIMIT_S if time_limit is None else parse.parse_seconds("--time-limit", time_limit)
+        values = load_preset(GATE_PRESET if preset is None else preset)
+        values |= {"name": "gate", "providers": list(ANY_PROVIDER)}
+        values |= {"time_limit_s": seconds, "precision": GATE_PRECISION}
         values |= {"device": device} if device else {}
         spec = make_spec(values, options.torch.cuda.device_count())
         folder = out or new_folder("gate")
