@@ -14,9 +14,11 @@ FLA_INSTALL = "pip install fla-core==0.6.0"  # all operators; flash-linear-atten
 def import_from_fla(module: str) -> ModuleType:
     """A module of fla-core that runs its own kernels.
 
-    fla hands calls over to FlashQLA and FlashKDA where these are installed; they are providers of their own here.
+    fla hands calls over to FlashQLA, FlashKDA and kernels in TileLang where these are installed. The first two are
+    providers of their own here, and a provider's times may not depend on what else is installed.
     """
-    os.environ["FLA_FLASH_QLA"] = os.environ["FLA_FLASH_KDA"] = "0"  # read at every call
+    for backend in ("FLASH_QLA", "FLASH_KDA", "TILELANG"):
+        os.environ[f"FLA_{backend}"] = "0"  # read at every call
     return importlib.import_module(module)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from rich.text import Text
 from torch import Tensor
 
 from mdnbench.baselines.inputs import make_inputs, refused_gates
@@ -173,7 +174,7 @@ class Server:
         return found
 
     def _failure(self, fault: BaseException) -> Failure:
-        lines = str(fault).strip().splitlines() or [""]
+        lines = Text.from_ansi(str(fault).strip()).plain.splitlines() or [""]  # some compilers colour their errors
         message = f"{type(fault).__name__}: {lines[0]}"[:_LONGEST_MESSAGE].rstrip(": ")
         if isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or _CPU_OUT_OF_MEMORY in str(fault):
             return Failure("out_of_memory", message, healthy=False)

@@ -58,7 +58,7 @@ def no_peers_loaded(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] in tops]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
-    for name in ("FLA_FLASH_QLA", "FLA_FLASH_KDA"):
+    for name in ("FLA_FLASH_QLA", "FLA_FLASH_KDA", "FLA_TILELANG"):
         monkeypatch.setenv(name, "1")
     yield
     for name in [name for name in sys.modules if name.split(".")[0] in tops]:

@@ -63,7 +63,8 @@ def errors(name, shape, dtype, **changes):
 def test_adapter_computes_its_operator(name, shape, dtype, tolerance):
     found = errors(name, shape, dtype)
     assert max(found.values()) < tolerance, found
-    assert os.environ["FLA_FLASH_QLA"] == ("0" if name.endswith("-fla") else "1")  # fla's own kernels, or no fla at all
+    for backend in ("FLASH_QLA", "FLASH_KDA", "TILELANG"):  # fla's own kernels, or no fla at all
+        assert os.environ[f"FLA_{backend}"] == ("0" if name.endswith("-fla") else "1")
 
 
 @pytest.mark.usefixtures("peers")

@@ -68,6 +68,7 @@ def test_each_gets_its_status(records, provider: str) -> None:
     status, reason = EXPECTED[provider]
     assert (record.status, reason in record.reason) == (status, True), record.reason
     assert "\n" not in record.reason
+    assert "\x1b" not in record.reason
     assert record.latency_ms is None
     assert record.tokens_per_s is None
 

@@ -208,11 +208,13 @@ class Raises(Provider):
 
 
 class Exits(Provider):
+    """Says so in red."""
+
     name = "toy-exits"
     operator = TOY
 
     def build(self, workload, inputs):
-        return lambda: sys.exit("enough")
+        return lambda: sys.exit("\x1b[91m\x1b[1menough\x1b[0m")
 
 
 class Quits(Provider):
