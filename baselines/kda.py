@@ -146,7 +146,7 @@ OPERATOR = Operator(
 
 
 class KdaTorch(Provider):
-    """The chunk form in PyTorch."""
+    """The chunk form in PyTorch. Timed: the L2 norms of q and k, the decays from log_alpha, and the chunk form."""
 
     name = "kda-torch"
     operator = OPERATOR
@@ -188,7 +188,8 @@ class KdaFlashKda(Provider):
 
     They compute the gates of the layer themselves: log_alpha = -5 sigmoid(g + dt_bias) and beta = sigmoid(b), from g
     and b in bfloat16. The inverse of these is taken once, outside of the timing, with dt_bias the mean of a channel, so
-    that little is lost in bfloat16. Timed: the gates, the L2 norms of q and k, and the chunk form, with chunks of 16.
+    that little is lost in bfloat16. Timed: the allocation of the output, the gates, the L2 norms of q and k, and the
+    chunk form, with chunks of 16.
     """
 
     name = "kda-flashkda"

@@ -95,7 +95,7 @@ OPERATOR = Operator(
 
 
 class Mamba2Torch(Provider):
-    """The chunk form in PyTorch."""
+    """The chunk form in PyTorch. Timed: the decays from dt A, and the chunk form."""
 
     name = "mamba2-torch"
     operator = OPERATOR
@@ -111,7 +111,8 @@ class Mamba2Ssd(Provider):
 
     The state size is head_dim_k, the head dimension head_dim_v, and each query head is a group of B and C: heads = 1
     with many value heads is the model's own setting, heads = value_heads the one that equals the other operators' work.
-    Timed: the cumulative sum of dt A and the chunk form. dt is passed as it is, without bias and softplus.
+    Timed: the cumulative sum of dt A and the chunk form. dt is passed as it is, without bias and softplus; the scale of
+    the queries is in C, outside of the timing; there is no L2 norm.
     """
 
     name = "mamba2-ssd"

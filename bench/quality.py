@@ -49,13 +49,14 @@ def notes(record: Record) -> list[Note]:
 def clock_drift(records: Sequence[Record]) -> str | None:
     """A sentence, with its remedy, when the lowest SM clocks of points that are compared differ by over 3 %; else None.
 
-    A comparison is the points of one workload, mode and regime, which are measured in alternation.
+    A comparison is two or more points of one workload, mode and regime, which are measured in alternation.
     """
-    groups: dict[Point, list[tuple[float, str]]] = defaultdict(list)
+    alike: dict[Point, list[tuple[float, str]]] = defaultdict(list)
     for record in records:
         clock = sm_clock_mhz(record) if record.status == "ok" else None
         if clock is not None:
-            groups[record.point.group].append((clock, record.point.provider))
+            alike[record.point.group].append((clock, record.point.provider))
+    groups = {group: clocks for group, clocks in alike.items() if len(clocks) > 1}
     apart = [
         (max(clocks)[0] / min(clocks)[0], group)
         for group, clocks in groups.items()

@@ -110,7 +110,7 @@ class Record:
     latency_low_ms: float | None = None  # `metrics.reported_interval` of the median
     latency_high_ms: float | None = None
     tokens_per_s: float | None = None
-    first_call_s: float | None = None  # build and first call: compilation and autotuning included
+    first_call_s: float | None = None  # build and first call, with what is not yet in caches or done by earlier points
     peak_memory_bytes: int | None = None  # inputs, output, gradients and work space at their highest
     saved_memory_bytes: int | None = None  # kept from forward for backward, inputs not counted
     relative_error: dict[str, float | None] | None = None

@@ -14,6 +14,7 @@ SHAPES = [
     {"head_dim_k": 64, "head_dim_v": 64, "chunk_size": 64},
     {"head_dim_k": 32, "head_dim_v": 96, "chunk_size": 32, "batch": 2},
     {"head_dim_k": 96, "head_dim_v": 32, "chunk_size": 128},
+    {"head_dim_k": 32, "head_dim_v": 48, "chunk_size": 32, "value_heads": 6},
 ]
 
 
@@ -40,15 +41,20 @@ def without_gradient(w: Workload) -> int:
     return 3 * w.batch * w.value_heads * 2 * w.chunk_size * w.head_dim_k * w.head_dim_v
 
 
+def repeated(w: Workload, products: int) -> int:
+    """Products of queries and keys that the PyTorch forms run for each value head in place of each query head."""
+    return w.chunks * (w.value_heads - w.heads) * products * 2 * w.chunk_size**2 * w.head_dim_k
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gated_delta_rule(shape):
     w = Workload(seq_len=256, heads=2, **shape)
     operator, found = get_provider("gdn-torch").operator, counted("gdn-torch", w)
-    assert found["forward"] == operator.flops(w, "forward") - solve(w)
+    assert found["forward"] == operator.flops(w, "forward") - solve(w) + repeated(w, products=2)
     # The backward of a solve is another solve, not counted, and the gradient of the matrix, which is a product with as
     # many columns as the right side: K more here, because the PyTorch form solves for V and diag(a) K at once.
     matrix_gradient = w.chunks * w.value_heads * 2 * w.chunk_size**2 * (w.head_dim_k + w.head_dim_v)
-    expected = operator.flops(w, "backward") - 2 * solve(w) + matrix_gradient
+    expected = operator.flops(w, "backward") - 2 * solve(w) + matrix_gradient + 2 * repeated(w, products=2)
     assert found["backward"] == expected - without_gradient(w)
 
 
@@ -69,13 +75,13 @@ def test_kimi_delta_attention(shape):
 def test_mamba2(shape):
     w = Workload(seq_len=256, heads=2, **shape)
     operator, found = get_provider("mamba2-torch").operator, counted("mamba2-torch", w)
-    assert found["forward"] == operator.flops(w, "forward")
-    assert found["backward"] == operator.flops(w, "backward")
+    assert found["forward"] == operator.flops(w, "forward") + repeated(w, products=1)
+    assert found["backward"] == operator.flops(w, "backward") + 2 * repeated(w, products=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_momentum_delta_rule(shape):
-    w = Workload(seq_len=256, heads=2, value_heads=4, **shape)
+    w = Workload(seq_len=256, heads=2, **({"value_heads": 4} | shape))
     operator, found = get_provider("mdn-torch").operator, counted("mdn-torch", w)
     heads, c, state = w.chunks * w.value_heads, w.chunk_size, w.head_dim_k * w.head_dim_v
     carry = heads * 2 * 2 * 2 * state  # the 2 x 2 product that carries both states over a chunk
