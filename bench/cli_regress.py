@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -161,6 +163,7 @@ def gate(
             for name, value in timed.items():
                 if value is not None:
                     raise BadInput(f"{name} is of a gate by times: leave it out, or --static")
+            _write_unfinished(markdown)
         raise typer.Exit(_run_static(base, target, part, markdown))
     with validating():
         from . import options, parse
@@ -169,6 +172,10 @@ def gate(
 
         if base is None:
             raise BadInput("--base is missing: name the revision to compare with, such as --base main")
+        if head == "":
+            raise BadInput("--head '' is empty: leave it out for the working tree")
+        if provider is not None and not parse.split_names(provider):
+            raise BadInput(f"--provider {','.join(provider)!r} is empty: leave it out for all")
         if target is not None:
             raise BadInput("--target goes with --static")
         part = parse_percent("--threshold", THRESHOLD if threshold is None else threshold)
@@ -181,6 +188,7 @@ def gate(
         spec = make_spec(values, options.torch.cuda.device_count())
         folder = out or new_folder("gate")
         options.check_folder(folder, resume=False)
+        _write_unfinished(markdown)
     raise typer.Exit(_run_gate(Gate(Path.cwd(), base, head, spec, provider, part, pairs), folder, markdown, as_json))
 
 
@@ -200,6 +208,7 @@ def _run_gate(wanted: Gate, folder: Path, markdown: Path | None, as_json: bool) 
         display[0].total = event.total
         display[0].update(event.done, f"block of {event.step}", event.seconds_left)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing stays behind
     try:
         with ExitStack() as stack:
             found = run_gate(wanted, folder, environment.collect(wanted.spec.device), show)
@@ -208,6 +217,9 @@ def _run_gate(wanted: Gate, folder: Path, markdown: Path | None, as_json: bool) 
     except KeyboardInterrupt:
         fail(f"stopped; the blocks so far are in {folder}")
         return INTERRUPTED
+    except Exception as fault:  # else Python's exit code 1 would say that the head is slower
+        traceback.print_exc()
+        return _no_verdict(f"{type(fault).__name__}: {fault}", markdown)
     _show(found, markdown or folder / "gate.md", as_json)
     return found.exit_code
 
@@ -216,13 +228,23 @@ def _run_static(base: str | None, target: str | None, threshold: float | None, m
     from .static_gate import run_static_gate
 
     given = {"target": target, "threshold": threshold}
-    code, text = run_static_gate(base, **{name: value for name, value in given.items() if value is not None})
+    try:
+        code, text = run_static_gate(base, **{name: value for name, value in given.items() if value is not None})
+    except Exception as fault:  # as of the gate by times
+        traceback.print_exc()
+        return _no_verdict(f"{type(fault).__name__}: {fault}", markdown)
     if code == ERROR:
         return _no_verdict(text, markdown)
     print(text)
     if markdown is not None:
         _write(markdown, text + "\n")
     return code
+
+
+def _write_unfinished(markdown: Path | None) -> None:
+    """Say so until there is a verdict, and find out before anything is measured whether the file can be written."""
+    if markdown is not None:
+        _write(markdown, "**No verdict:** the gate has not ended.\n")
 
 
 def _no_verdict(reason: str, markdown: Path | None) -> int:
@@ -248,12 +270,12 @@ def _show(found: Comparison, markdown: Path | None, as_json: bool) -> None:
 
 def _report(report: ModuleType, found: Any, markdown: Path | None, as_json: bool) -> None:
     """What was found, by its module in reports: to a Markdown file, and for people or as JSON."""
-    if markdown is not None:
-        _write(markdown, report.markdown(found))
     if as_json:
         print(json.dumps(report.to_json(found), indent=1))
     else:
         report.show(make_console(), found)
+    if markdown is not None:
+        _write(markdown, report.markdown(found))
 
 
 def _write(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mdnbench.baselines.registry import BrokenProvider
 from mdnbench.baselines.workload import Workload
 
 from . import paired, parse, regress, revisions
@@ -100,18 +101,19 @@ def run_gate(
     if (folder / GATE_FILE).exists():
         raise GateError(f"{folder} holds a gate already: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n", encoding="utf-8")  # else the gate's own files change the working tree
     started = time.monotonic()
     with _installed(gate, folder, on_progress) as sides:
         held = {side.name: describe(side, gate.spec, folder) for side in sides}
         choice = choose(held, gate.providers)
-        spec = replace(gate.spec, providers=choice.providers)
+        spec = replace(gate.spec, providers=choice.providers or gate.spec.providers)
         pairs = gate.pairs or paired.pairs_needed(choice.points)
         floors = Floors(machine(environment), spec.time_limit_s, floors_folder)
         stored = floors.load()
         blocks: list[MeasuredBlock] = []
         changes: list[Change] = []
         untimed: list[Untimed] = []
-        for round_number in range(gate.rounds if spec.providers else 0):
+        for round_number in range(gate.rounds if choice.providers else 0):
             blocks += _measure(sides, spec, pairs, round_number, folder, on_progress, run_block or _run_sweep)
             changes, untimed = regress.compare_blocks(blocks, gate.threshold, stored)
             if not any(change.verdict == "undecided" for change in changes):
@@ -121,7 +123,8 @@ def run_gate(
         raise GateError(f"no point has a time on both sides ({reasons}); see {folder}")
     base, head = sides
     pairs = len(blocks) // 2
-    notes = _notes(gate, sides, pairs, choice.points)
+    significant = any(change.verdict in ("slower", "faster") for change in changes)
+    notes = _notes(gate, sides, pairs, 0 if significant else choice.points)
     same_code = {change.point: regress.same_code_log_ratios(blocks, change.point) for change in changes if change.ratio}
     noisy = [change for change in changes if (change.floor or 0) > max(gate.threshold, regress.MOST_NOISE)]
     if noisy:
@@ -167,7 +170,7 @@ def choose(held: dict[str, dict[Point, Held]], asked: Sequence[str] | None) -> C
         asked: names of providers or operators, None for all.
 
     Raises:
-        GateError: for a name that neither side has, and where nothing is left to compare.
+        GateError: for a name that neither side has, and where neither side has anything to time.
     """
     everything = held[BASE] | held[HEAD]
     known = {point.provider: it.operator for point, it in everything.items()}
@@ -180,8 +183,8 @@ def choose(held: dict[str, dict[Point, Held]], asked: Sequence[str] | None) -> C
                 raise GateError(f"--provider {name!r} is in neither side{f': did you mean {near[0]}?' if near else ''}")
         chosen = {name for name, operator in known.items() if name in names or operator in names}
     points = {point: it for point, it in everything.items() if point.provider in chosen}
-    absent = Held("", "it does not exist")
-    reasons = {point: {side: held[side].get(point, absent).reason for side in (BASE, HEAD)} for point in points}
+    absent = {side: Held("", _absence(its)) for side, its in held.items()}
+    reasons = {point: {side: held[side].get(point, absent[side]).reason for side in (BASE, HEAD)} for point in points}
     on_both = [point for point in points if reasons[point] == {BASE: None, HEAD: None}]
     timed = dict.fromkeys(point.provider for point in on_both)
     changes, untimed = [], []
@@ -195,10 +198,16 @@ def choose(held: dict[str, dict[Point, Held]], asked: Sequence[str] | None) -> C
             changes.append(Change(point, it.operator, "new", Sides(), reason=f"{BASE}: {before}"))
         else:
             untimed.append(Untimed(point, "unsupported", after if point in held[HEAD] else before))
-    if not timed and not any(change.verdict == "gone" for change in changes):
-        found = "; ".join(dict.fromkeys(f"{it.point.provider}: {it.reason}" for it in [*changes, *untimed]))
+    if not timed and not changes:
+        found = "; ".join(dict.fromkeys(f"{it.point.provider}: {it.reason}" for it in untimed))
         raise GateError(f"no provider runs on both sides: {found}")
     return Choice(tuple(timed), len(on_both), changes, untimed)
+
+
+def _absence(held: dict[Point, Held]) -> str:
+    """What there is to say of a provider that a side does not have: entry points that gave none, if there are any."""
+    broken = dict.fromkeys(it.reason for it in held.values() if it.operator == BrokenProvider.operator.name)
+    return "; ".join(["it does not exist", *filter(None, broken)])
 
 
 def describe(side: Side, spec: SweepSpec, folder: Path) -> dict[Point, Held]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -144,21 +145,23 @@ def entries_of(records: Iterable[Record], environment: dict[str, Any], commit: s
 
     Args:
         records, environment: of the run.
-        commit: that the run measured; None means that of mdnbench in the environment.
+        commit: that the run measured, as git names it; None means that of mdnbench in the environment.
 
     Raises:
-        ValueError: when there is no commit.
+        ValueError: when there is no commit, or it is neither known to git here nor a hash.
     """
     if commit is None:
         commit = environment.get("git_commit")
         if commit is None:
             raise ValueError("the run was not measured from a git checkout of mdnbench: name its commit by --commit")
         commit += "+" if environment.get("git_dirty") else ""
+    else:
+        commit = _hash_of(commit)
     gpu = environment.get("gpu") if environment.get("device") == "cuda" else None
     machine = Machine(
         environment.get("device_name"), gpu and gpu.get("driver"), environment.get("triton"), environment.get("torch")
     )
-    made = _commit_time(commit.rstrip("+"))
+    made = _of_commit(commit.rstrip("+"), "%cI")
     return [
         Entry(
             record.point, machine, commit, made, record.time, record.status,
@@ -168,10 +171,19 @@ def entries_of(records: Iterable[Record], environment: dict[str, Any], commit: s
     ]  # fmt: skip
 
 
-def _commit_time(commit: str) -> str | None:
-    """When a commit was made, by the repository of the current folder or of mdnbench; None where neither knows it."""
+def _hash_of(name: str) -> str:
+    """The full hash of a commit where git knows it here: HEAD, and a shortened hash, stand for it."""
+    found = _of_commit(name, "%H")
+    if found is None and not re.fullmatch(r"[0-9a-f]{7,40}", name):
+        raise ValueError(f"--commit {name!r} is no commit that git knows here: give its hash, 7 to 40 hex digits")
+    return found or name
+
+
+def _of_commit(commit: str, form: str) -> str | None:
+    """What git shows of a commit by a format, in the repository of the current folder or of mdnbench; None where
+    neither knows it."""
     for folder in (Path.cwd(), Path(__file__).resolve().parent):
-        command = ["git", "-C", str(folder), "show", "--no-patch", "--format=%cI", "--end-of-options"]
+        command = ["git", "-C", str(folder), "show", "--no-patch", f"--format={form}", "--end-of-options"]
         try:
             run = subprocess.run([*command, f"{commit}^{{commit}}"], capture_output=True, text=True, check=False)
         except OSError:

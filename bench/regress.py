@@ -166,11 +166,10 @@ def compare_blocks(
     untimed: list[Untimed] = []
     judged: list[tuple[Change, Estimate, float | None]] = []
     points = list(dict.fromkeys(point for row in rows for point in row))
-    timed = [point for point in points if all(_has_time(row.get(point)) for row in rows)]
-    for point in points:
-        sides = {
-            side: [row.get(point) for block, row in zip(blocks, rows) if block.side == side] for side in (BASE, HEAD)
-        }
+    by_side = {side: [row for block, row in zip(blocks, rows) if block.side == side] for side in (BASE, HEAD)}
+    by_point = {point: {side: [row.get(point) for row in its] for side, its in by_side.items()} for point in points}
+    timed = [point for point in points if all(map(_has_time, by_point[point][HEAD])) and timed_pairs(blocks, point)]
+    for point, sides in by_point.items():
         if point not in timed:
             _add_missing(point, sides, changes, untimed)
             continue
@@ -179,7 +178,9 @@ def compare_blocks(
         found = [noise_floor(values, len(log_ratios), len(timed)) for values in same_code]
         known = [value for value in found if value is not None]
         floor = statistics.median_low(known) if known else None  # one gate in a busy hour does not blunt all to come
-        change = _change(point, sides, "same", block_time=True)
+        lost = [it for it in sides[BASE] if not _has_time(it)]  # such pairs are left out: the head may still be slower
+        reason = f"{_why(BASE, lost[0])} (in {len(lost)} of {len(sides[BASE])} blocks)" if lost else None
+        change = _change(point, sides, "same", reason, block_time=True)
         judged.append((change, estimate(log_ratios), floor))
     adjusted = adjust([found.p_value for _, found, _ in judged])
     for (change, found, floor), p_value in zip(judged, adjusted):
@@ -201,8 +202,15 @@ def compare_blocks(
     return sorted(changes, key=lambda change: rank[change.point]), untimed
 
 
+def timed_pairs(blocks: Sequence[MeasuredBlock], point: Point) -> list[MeasuredBlock]:
+    """The blocks of the pairs that have two times of a point."""
+    has = [any(it.point == point and _has_time(it) for it in block.records) for block in blocks]
+    return [blocks[i + k] for i in range(0, len(blocks) - 1, 2) if has[i] and has[i + 1] for k in (0, 1)]
+
+
 def pair_log_ratios(blocks: Sequence[MeasuredBlock], point: Point) -> list[float]:
-    """ln(head / base) of each pair of blocks of a point that all of them have a time of."""
+    """ln(head / base) of each pair of blocks that has two times of a point."""
+    blocks = timed_pairs(blocks, point)
     times = _times(blocks, point)
     return [
         math.log(second / first) if blocks[index].side == BASE else math.log(first / second)
@@ -212,6 +220,7 @@ def pair_log_ratios(blocks: Sequence[MeasuredBlock], point: Point) -> list[float
 
 def same_code_log_ratios(blocks: Sequence[MeasuredBlock], point: Point) -> list[float]:
     """ln(later / earlier) of neighbouring blocks of one side: what the machine does by itself, at no extra cost."""
+    blocks = timed_pairs(blocks, point)
     times = _times(blocks, point)
     return [
         math.log(times[index + 1] / times[index])
@@ -305,11 +314,19 @@ def _add_missing(
     missing = {side: [it for it in records if not _has_time(it)] for side, records in sides.items()}
     there = {side: len(missing[side]) < len(records) for side, records in sides.items()}
     side = HEAD if missing[HEAD] and there[BASE] else BASE
-    first = missing[side][0]
-    reason = "it is not in this side's run" if first is None else f"{first.status}: {first.reason or 'no reason given'}"
     if not there[BASE] and not there[HEAD]:
-        untimed.append(Untimed(point, first.status if first else "absent", first.reason if first else None))
+        first = next(it for records in (missing[HEAD], missing[BASE]) for it in records if it is not None)
+        reason = "it was checked, not timed" if first.status == "ok" else first.reason
+        untimed.append(Untimed(point, first.status, reason))
         return
+    reason = _why(side, missing[side][0])
     if there[side]:
         reason += f" (in {len(missing[side])} of {len(sides[side])} blocks)"
-    changes.append(_change(point, sides, "gone" if side == HEAD else "new", f"{side}: {reason}"))
+    changes.append(_change(point, sides, "gone" if side == HEAD else "new", reason))
+
+
+def _why(side: str, record: Record | None) -> str:
+    """Why a side has no time, by its row."""
+    if record is None:
+        return f"{side}: it is not in this side's run"
+    return f"{side}: {record.status}: {record.reason or 'no reason given'}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_PIP_FAILED = ("error: metadata-generation-failed", "error: subprocess-exited-with-error")  # without saying why
 _SIDE_CODE = Path(gate_side.__file__).read_text(encoding="utf-8")
 
 
@@ -163,15 +165,27 @@ def _worktree(repository: Path, commit: str, folder: Path) -> Iterator[Path]:
 
 
 def _overlay(repository: Path, source: Path, changed: Sequence[str]) -> None:
-    """Bring a checkout of HEAD to the state of the working tree."""
+    """Bring a checkout of HEAD to the state of the working tree.
+
+    Raises:
+        GateError: for another git repository in it, whose state is not known here.
+    """
+    for name in changed:  # all of them first: a file may have become a folder, or a folder a link
+        ours = source / name
+        if ours.is_dir() and not ours.is_symlink():
+            shutil.rmtree(ours)
+        else:
+            ours.unlink(missing_ok=True)
     for name in changed:
         theirs, ours = repository / name, source / name
-        if theirs.is_file() or theirs.is_symlink():
+        if theirs.is_symlink() or theirs.is_file():
             ours.parent.mkdir(parents=True, exist_ok=True)
-            ours.unlink(missing_ok=True)
             shutil.copy2(theirs, ours, follow_symlinks=False)
-        elif not theirs.exists():
-            ours.unlink(missing_ok=True)
+        elif theirs.is_dir() and (theirs / ".git").exists():
+            raise GateError(
+                f"the working tree holds another git repository, {name}, with changes that cannot be installed: name "
+                f"commits by --head, or have git ignore it"
+            )
 
 
 def _installer(source: Path, target: Path) -> list[str]:
@@ -210,7 +224,8 @@ def _run_logged(command: Sequence[str], log: Path, **options: Any) -> str | None
         return None
     lines = [line.strip() for line in log.read_bytes()[start:].decode(errors="replace").splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("hint:", "note:", "╰─>", "[notice]"))]
-    errors = [line for line in lines if line.lower().startswith("error")] or lines
+    lines = [line for line in lines if line not in _PIP_FAILED] or lines
+    errors = [line for line in lines if re.match(r"error\b|[\w.]*(Error|Exception)\b", line, re.IGNORECASE)] or lines
     return errors[-1] if errors else f"it ended with exit code {code}"
 
 
@@ -221,5 +236,5 @@ def _git(folder: Path, *arguments: str, fault: str | None = None) -> str:
         raise GateError("git is not there: install it, or put it on PATH") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise GateError(fault or f"git {arguments[0]} failed: {last}")
+        raise GateError(fault if fault and "dubious ownership" not in last else f"git {arguments[0]} failed: {last}")
     return done.stdout.strip("\n")

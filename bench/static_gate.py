@@ -78,8 +78,11 @@ def compare(base: Inspection, head: Inspection, threshold: float) -> list[Findin
     """What differs between two inspections, in the order of the head's launches; what is gone comes last.
 
     Raises:
-        GateError: when they are of another target, Triton or ptxas, whose code does not compare.
+        GateError: when they are of another target, Triton or ptxas, whose code does not compare, and for a head without
+            launches.
     """
+    if not head["launches"]:
+        raise GateError("nothing was compiled here: no launch is left to compare")
     for name in ("target", "triton", "ptxas"):
         if base[name] != head[name]:
             raise GateError(
@@ -87,12 +90,15 @@ def compare(base: Inspection, head: Inspection, threshold: float) -> list[Findin
                 f"compiler only: give a git revision, or make the base again with mdnbench inspect --out FILE"
             )
     before, now = _by_launch(base), _by_launch(head)
+    cases = {launch["case"] for launch in base["launches"]}
     findings = []
     for key, launch in now.items():
         if key in before:
             findings += _differences(before[key], launch, threshold)
-        else:
-            findings.append(_finding(launch, "launch", None, "new", False))
+            continue
+        findings.append(_finding(launch, "launch", None, "new", False))
+        if launch["stack_bytes"]:  # a kernel under a new name is no excuse for a spill; a new case has no base
+            findings.append(_finding(launch, "stack_bytes", None, launch["stack_bytes"], launch["case"] in cases))
     for key, launch in before.items():
         if key not in now:
             refused = launch["case"] in head["unsupported"]

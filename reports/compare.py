@@ -180,7 +180,7 @@ def _reasons(found: Comparison) -> list[str]:
         if change.reason:
             groups[change.verdict, change.reason].append(change.point.provider)
     for it in found.untimed:
-        groups[f"{it.status} on both sides", it.reason or "no reason given"].append(it.point.provider)
+        groups[f"{it.status}, no time on either side", it.reason or "no reason given"].append(it.point.provider)
     return [
         f"{len(names)} {what}: {', '.join(dict.fromkeys(names))}: {reason}" for (what, reason), names in groups.items()
     ]

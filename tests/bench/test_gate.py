@@ -186,8 +186,60 @@ def test_a_provider_that_the_head_lost_is_gone(repository: Path, tmp_path: Path)
     )
     verdicts = {change.point.provider: change.verdict for change in found.changes}
     assert verdicts == {"gdn-torch": "same", "gdn-slowable": "gone"}
-    assert "does not exist" in found.changes[-1].reason
+    assert "it does not exist; entry point slowable = other:X of slowable: AttributeError" in found.changes[-1].reason
     assert found.exit_code == 1
+    alone = run_gate(wanted(repository, head=None), tmp_path / "alone", ENVIRONMENT, run_block=scripted({}))
+    assert [change.verdict for change in alone.changes] == ["gone"]
+    assert alone.exit_code == 1
+
+
+def test_a_provider_that_the_base_lacks_is_new(repository: Path, tmp_path: Path) -> None:
+    git(repository, "rm", "-q", "slowable.py")
+    (repository / "other.py").write_text("")
+    (repository / "pyproject.toml").write_text(
+        PYPROJECT.replace('py-modules = ["slowable"]', 'py-modules = ["other"]').replace("slowable:Slowable", "other:X")
+    )
+    git(repository, "add", ".")
+    git(repository, "commit", "-q", "-m", "without")
+    found = run_gate(wanted(repository, "HEAD", "fast"), tmp_path / "out", ENVIRONMENT, run_block=scripted({}))
+    assert [change.verdict for change in found.changes] == ["new"]
+    assert found.exit_code == 0
+
+
+def test_files_folders_and_links_change_into_one_another(repository: Path, tmp_path: Path) -> None:
+    (repository / "a").mkdir()
+    (repository / "a" / "x").write_text("x")
+    (repository / "b").write_text("b")
+    git(repository, "add", ".")
+    git(repository, "commit", "-q", "-m", "files")
+    (repository / "a" / "x").unlink()
+    (repository / "a").rmdir()
+    (repository / "a").symlink_to("b")
+    (repository / "b").unlink()
+    (repository / "b").mkdir()
+    (repository / "b" / "slowable2.py").write_text("")
+    side = revisions.install(repository, HEAD, None, tmp_path, tmp_path / "log")
+    assert "with 4 changed files" in side.label
+    nested = repository / "nested"
+    nested.mkdir()
+    git(nested, "init", "-q")
+    (nested / "file").write_text("")
+    git(nested, "add", ".")
+    git(nested, "commit", "-q", "-m", "nested")
+    with pytest.raises(GateError, match="the working tree holds another git repository, nested/"):
+        revisions.install(repository, "again", None, tmp_path, tmp_path / "log")
+
+
+def test_a_fault_of_the_gate_itself_is_no_verdict(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(gate, "run_gate", breaks)
+    assert main(["gate", "--base", "fast", "--out", "../out", "--markdown", "../verdict.md"]) == 4
+    assert capsys.readouterr().err.splitlines()[-1] == "mdnbench: OSError: no space left"
+    assert (repository.parent / "verdict.md").read_text() == "**No verdict:** OSError: no space left\n"
 
 
 def test_a_provider_that_crashes_in_the_head_is_gone(repository: Path, tmp_path: Path) -> None:
@@ -243,6 +295,9 @@ def test_outside_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("gate --base x --threshold 3x", "--threshold '3x' is not between 0% and 100%"),
         ("gate --base x --blocks 1", "--blocks '1' is not a whole number of at least 2"),
         ("gate --base x --preset fast", "--preset 'fast' is unknown"),
+        ("gate --base x --head=", "--head '' is empty: leave it out for the working tree"),
+        ("gate --base x --provider ,", "--provider ',' is empty: leave it out for all"),
+        ("gate --base x --markdown /proc/x.md", "--markdown '/proc/x.md' cannot be written"),
         ("gate --base x --target sm_90", "--target goes with --static"),
         ("gate --static --head x", "--static judges the code as it is here"),
         ("gate --static --blocks 8", "--blocks is of a gate by times: leave it out, or --static"),

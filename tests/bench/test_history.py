@@ -140,7 +140,10 @@ def test_unsupported_points_and_runs_without_a_commit() -> None:
     assert history.entries_of([record], CPU | {"git_commit": "a"}) == []
     with pytest.raises(ValueError, match="name its commit by --commit"):
         history.entries_of([make_record(1.0, 1)], CPU | {"git_commit": None})
-    assert history.entries_of([make_record(1.0, 1)], CPU, commit="b")[0].commit == "b"
+    assert history.entries_of([make_record(1.0, 1)], CPU, commit="0123abc")[0].commit == "0123abc"
+    for name in ("", "b", "no-such-branch"):
+        with pytest.raises(ValueError, match="is no commit that git knows here"):
+            history.entries_of([make_record(1.0, 1)], CPU, commit=name)
 
 
 @pytest.fixture

@@ -191,6 +191,17 @@ def test_a_point_that_fails_in_the_head_is_gone_and_the_gate_fails() -> None:
     assert Comparison("a", "b", 0.03, changes).exit_code == 1
 
 
+def test_a_point_that_fails_in_a_block_of_the_base_is_judged_by_the_other_pairs() -> None:
+    blocks = blocks_of({"gdn-torch": np.array([1.0 if side == BASE else 1.5 for side in regress.order(8)])}, 8)
+    blocks[0] = replace(blocks[0], records=[record("gdn-torch", None)])
+    (change,), untimed = compare_blocks(blocks, 0.03)
+    assert change.verdict == "slower"
+    assert change.ratio == pytest.approx(1.5)
+    assert change.reason == "base: crashed: killed by SIGSEGV (in 1 of 8 blocks)"
+    assert len(regress.pair_log_ratios(blocks, change.point)) == 7
+    assert not untimed
+
+
 def test_a_new_point_and_one_without_a_time_do_not_fail_the_gate() -> None:
     blocks = [
         MeasuredBlock(side, [record(), record("new", 1.0 if side == HEAD else None), record("never", None)])

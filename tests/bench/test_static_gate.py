@@ -145,6 +145,22 @@ def test_new_and_gone_launches_are_rows(base: Inspection) -> None:
     assert [(it.case, it.head, it.worse) for it in found] == [("another", "new", False), ("d64", "gone", False)]
 
 
+def test_a_renamed_kernel_that_spills_is_worse(base: Inspection) -> None:
+    head = copy.deepcopy(base)
+    head["launches"][1] |= {"kernel": "other_kernel", "stack_bytes": 4000}
+    found = compare(base, head, 0.05)
+    assert [(it.kernel, it.head, it.worse) for it in found] == [
+        ("other_kernel", "new", False), ("other_kernel", 4000, True), ("scan_fwd_kernel", "gone", False)
+    ]  # fmt: skip
+    head["launches"][1]["case"] = "a new one"
+    assert not any(it.worse for it in compare(base, head, 0.05))
+
+
+def test_a_head_that_compiles_nothing_is_an_error(base: Inspection) -> None:
+    with pytest.raises(RuntimeError, match="nothing was compiled here"):
+        compare(base, base | {"launches": []}, 0.05)
+
+
 def test_a_case_that_is_refused_now_is_worse(base: Inspection) -> None:
     head = copy.deepcopy(base)
     head["launches"].pop()

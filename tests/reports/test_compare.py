@@ -49,7 +49,7 @@ def test_markdown_shows_what_changed_and_folds_the_rest() -> None:
     assert "gdn-torch" not in head
     assert "| gdn-torch |" in folded
     assert "- 1 gone: kda-torch: head: crashed: killed | by SIGSEGV" in folded
-    assert "- 1 unsupported on both sides: gdn-fla: runs on cuda only, not on cpu" in folded
+    assert "- 1 unsupported, no time on either side: gdn-fla: runs on cuda only, not on cpu" in folded
     assert "12 pairs of blocks" in folded
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count(" | ") for line in tables[:5]}) == 1
