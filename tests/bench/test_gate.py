@@ -206,6 +206,12 @@ def test_a_provider_that_the_base_lacks_is_new(repository: Path, tmp_path: Path)
     assert found.exit_code == 0
 
 
+def test_the_folder_of_a_gate_is_no_change_of_the_working_tree(repository: Path) -> None:
+    found = run_gate(wanted(repository, head=None), repository / "out", ENVIRONMENT, run_block=scripted({}))
+    assert found.head.endswith("without changes")
+    assert revisions.changed_files(repository) == []
+
+
 def test_files_folders_and_links_change_into_one_another(repository: Path, tmp_path: Path) -> None:
     (repository / "a").mkdir()
     (repository / "a" / "x").write_text("x")
@@ -272,6 +278,7 @@ def test_what_goes_wrong_is_one_line_and_exit_code_4(
     assert words in line
     if "broken" in arguments:
         assert "does not install: " in line
+        assert "metadata-generation-failed" not in line  # pip's last line, which does not say why
         assert (repository.parent / "out" / "gate.log").exists()
 
 

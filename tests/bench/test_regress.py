@@ -230,6 +230,17 @@ def test_a_block_gives_the_fastest_sample_on_a_cpu_and_the_median_on_a_gpu() -> 
     assert regress.block_time_ms(record(latency_ms=None)) is None
 
 
+def test_points_without_a_time_in_two_runs_keep_their_reason() -> None:
+    wrong = replace(record("wrong", None), status="incorrect", reason="o holds NaN")
+    checked = replace(record("checked", None), status="ok", reason=None)
+    for runs in (([], [wrong, checked]), ([wrong, checked], [])):
+        changes, untimed = compare_records(*runs, 0.03)
+        assert not changes
+        assert [(it.status, it.reason) for it in untimed] == [
+            ("incorrect", "o holds NaN"), ("ok", "it was checked, not timed")
+        ]  # fmt: skip
+
+
 def test_two_runs() -> None:
     base = [record("a"), record("b"), record("c"), record("d"), record("e", samples_ms=(1.0, 1.0)), record("x", None)]
     head = [record("a", 1.1), record("b", 1.001), record("c", 0.8), record("new"), record("e"), record("x", None)]
