@@ -217,9 +217,8 @@ def _run_gate(wanted: Gate, folder: Path, markdown: Path | None, as_json: bool) 
     except KeyboardInterrupt:
         fail(f"stopped; the blocks so far are in {folder}")
         return INTERRUPTED
-    except Exception as fault:  # else Python's exit code 1 would say that the head is slower
-        traceback.print_exc()
-        return _no_verdict(f"{type(fault).__name__}: {fault}", markdown)
+    except Exception as fault:
+        return _own_fault(fault, markdown)
     _show(found, markdown or folder / "gate.md", as_json)
     return found.exit_code
 
@@ -230,9 +229,8 @@ def _run_static(base: str | None, target: str | None, threshold: float | None, m
     given = {"target": target, "threshold": threshold}
     try:
         code, text = run_static_gate(base, **{name: value for name, value in given.items() if value is not None})
-    except Exception as fault:  # as of the gate by times
-        traceback.print_exc()
-        return _no_verdict(f"{type(fault).__name__}: {fault}", markdown)
+    except Exception as fault:
+        return _own_fault(fault, markdown)
     if code == ERROR:
         return _no_verdict(text, markdown)
     print(text)
@@ -243,15 +241,24 @@ def _run_static(base: str | None, target: str | None, threshold: float | None, m
 
 def _write_unfinished(markdown: Path | None) -> None:
     """Say so until there is a verdict, and find out before anything is measured whether the file can be written."""
-    if markdown is not None:
-        _write(markdown, "**No verdict:** the gate has not ended.\n")
+    _write_no_verdict("the gate has not ended.", markdown)
+
+
+def _own_fault(fault: Exception, markdown: Path | None) -> int:
+    """A fault of the gate itself: left to Python, its exit code 1 would say that the head is slower."""
+    traceback.print_exception(fault)
+    return _no_verdict(f"{type(fault).__name__}: {fault}", markdown)
 
 
 def _no_verdict(reason: str, markdown: Path | None) -> int:
     fail(reason)
+    _write_no_verdict(reason, markdown)
+    return ERROR
+
+
+def _write_no_verdict(reason: str, markdown: Path | None) -> None:
     if markdown is not None:  # a comment on a change has to say so too
         _write(markdown, f"**No verdict:** {reason}\n")
-    return ERROR
 
 
 def _show_agreement(

@@ -174,12 +174,17 @@ def test_the_working_tree_is_measured_with_its_changes(repository: Path, tmp_pat
     assert any("Both sides hold the same code" in note for note in found.notes)
 
 
-def test_a_provider_that_the_head_lost_is_gone(repository: Path, tmp_path: Path) -> None:
+def lose_the_provider(repository: Path) -> None:
+    """In the working tree: the module is gone, and the entry point leads nowhere."""
     git(repository, "rm", "-q", "slowable.py")
     (repository / "other.py").write_text("")
     (repository / "pyproject.toml").write_text(
         PYPROJECT.replace('py-modules = ["slowable"]', 'py-modules = ["other"]').replace("slowable:Slowable", "other:X")
     )
+
+
+def test_a_provider_that_the_head_lost_is_gone(repository: Path, tmp_path: Path) -> None:
+    lose_the_provider(repository)
     asked = ["gdn-slowable", "gdn-torch"]
     found = run_gate(
         wanted(repository, head=None, providers=asked), tmp_path / "out", ENVIRONMENT, run_block=scripted({})
@@ -194,11 +199,7 @@ def test_a_provider_that_the_head_lost_is_gone(repository: Path, tmp_path: Path)
 
 
 def test_a_provider_that_the_base_lacks_is_new(repository: Path, tmp_path: Path) -> None:
-    git(repository, "rm", "-q", "slowable.py")
-    (repository / "other.py").write_text("")
-    (repository / "pyproject.toml").write_text(
-        PYPROJECT.replace('py-modules = ["slowable"]', 'py-modules = ["other"]').replace("slowable:Slowable", "other:X")
-    )
+    lose_the_provider(repository)
     git(repository, "add", ".")
     git(repository, "commit", "-q", "-m", "without")
     found = run_gate(wanted(repository, "HEAD", "fast"), tmp_path / "out", ENVIRONMENT, run_block=scripted({}))
