@@ -179,7 +179,7 @@ def compare_blocks(
         known = [value for value in found if value is not None]
         floor = statistics.median_low(known) if known else None  # one gate in a busy hour does not blunt all to come
         lost = [it for it in sides[BASE] if not _has_time(it)]  # such pairs are left out: the head may still be slower
-        reason = f"{_why(BASE, lost[0])} (in {len(lost)} of {len(sides[BASE])} blocks)" if lost else None
+        reason = _why(BASE, lost, len(sides[BASE])) if lost else None
         change = _change(point, sides, "same", reason, block_time=True)
         judged.append((change, estimate(log_ratios), floor))
     adjusted = adjust([found.p_value for _, found, _ in judged])
@@ -319,14 +319,12 @@ def _add_missing(
         reason = "it was checked, not timed" if first.status == "ok" else first.reason
         untimed.append(Untimed(point, first.status, reason))
         return
-    reason = _why(side, missing[side][0])
-    if there[side]:
-        reason += f" (in {len(missing[side])} of {len(sides[side])} blocks)"
+    reason = _why(side, missing[side], len(sides[side]))
     changes.append(_change(point, sides, "gone" if side == HEAD else "new", reason))
 
 
-def _why(side: str, record: Record | None) -> str:
-    """Why a side has no time, by its row."""
-    if record is None:
-        return f"{side}: it is not in this side's run"
-    return f"{side}: {record.status}: {record.reason or 'no reason given'}"
+def _why(side: str, lost: Sequence[Record | None], blocks: int) -> str:
+    """Why a side has no time in some of its blocks, by the first of the rows without one."""
+    first = lost[0]
+    reason = "it is not in this side's run" if first is None else f"{first.status}: {first.reason or 'no reason given'}"
+    return f"{side}: {reason}" + (f" (in {len(lost)} of {blocks} blocks)" if len(lost) < blocks else "")
